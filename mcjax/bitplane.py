@@ -1,0 +1,300 @@
+"""Weights as bit planes: one stored matrix, every precision."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mcjax import tables as tables_lib
+
+WORD = 32
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["planes", "tables"],
+    meta_fields=["widths", "d_in", "group_size"],
+)
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
+class BitPlanes:
+    """A weight of logical shape [..., d_in, d_out] kept as bit planes.
+
+    With planes ``b_p in {0, 1}`` (p = 0 the most significant), groups g of `group_size`
+    consecutive input features, and for each width k its own small table (alpha_k, offset_k):
+
+        W_k[i, o] = offset_k[g(i), o] + sum_{p<k} alpha_k[p, g(i), o] * (2 b_p[i, o] - 1)
+
+    A narrower width reads fewer planes and another table; it never changes a bit. d_in is padded
+    to a whole number of groups; padded features never reach a result.
+
+    Attributes:
+      planes: uint32 [..., bits, words, groups, d_out], ``words = group_size / 32``; bit j of word
+        v of group g is input feature ``g * group_size + 32 v + j``.
+      tables: one uint8 array [..., rows_k, groups, d_out] for each width, see `mcjax.tables`.
+      widths: the widths that have a table, ascending; the last is the number of planes.
+      d_in: input features, without padding.
+      group_size: input features that share a table entry, a multiple of 32.
+    """
+
+    planes: jax.Array
+    tables: tuple[jax.Array, ...]
+    widths: tuple[int, ...]
+    d_in: int
+    group_size: int
+
+    @property
+    def bits(self) -> int:
+        """Number of planes."""
+        return self.widths[-1]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical shape [..., d_in, d_out]."""
+        return (*self.planes.shape[:-4], self.d_in, self.planes.shape[-1])
+
+    @property
+    def ndim(self) -> int:
+        """Number of logical axes."""
+        return len(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of planes and tables together."""
+        return _nbytes(self)
+
+    @property
+    def effective_bits(self) -> float:
+        """Stored bits per logical weight, tables included."""
+        return 8 * self.nbytes / math.prod(self.shape)
+
+    def slice(self, width: int | Sequence[int]) -> BitPlanes | MixedPlanes:
+        """The same weight at fewer bits.
+
+        Args:
+          width: planes to keep; for [E, d_in, d_out] also E widths, one for each expert.
+
+        Returns:
+          `BitPlanes` with `width` planes and the one table of that width, or `MixedPlanes`.
+
+        Raises:
+          ValueError: if a width has no table, or the number of widths is not E.
+        """
+        if isinstance(width, int | np.integer):
+            return self._slice(int(width))
+        allocation = tuple(int(k) for k in width)
+        if self.ndim != 3 or len(allocation) != self.shape[0]:
+            raise ValueError(
+                f"{len(allocation)} widths {allocation} for a weight of shape {self.shape}; "
+                "one width per expert needs shape [experts, d_in, d_out]"
+            )
+        stacks = []
+        for k in sorted(set(allocation)):
+            experts = np.flatnonzero(np.asarray(allocation) == k)
+            stacks.append(jax.tree.map(lambda leaf, e=experts: leaf[e], self._slice(k)))
+        return MixedPlanes(stacks=tuple(stacks), allocation=allocation)
+
+    def _slice(self, width: int) -> BitPlanes:
+        if width not in self.widths:
+            raise ValueError(f"width {width} is not one of the stored widths {self.widths}")
+        return BitPlanes(
+            planes=self.planes[..., :width, :, :, :],
+            tables=(self.tables[self.widths.index(width)],),
+            widths=(width,),
+            d_in=self.d_in,
+            group_size=self.group_size,
+        )
+
+    def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
+        """The weight at its full width, [..., d_in, d_out] of `dtype`."""
+        alpha, offset = tables_lib.decode(self.tables[-1], self.bits)
+        shifts = jnp.arange(WORD, dtype=jnp.uint32)[:, None, None]
+        value = offset[..., None, None, :, :]
+        for p in range(self.bits):
+            word = self.planes[..., p, :, None, :, :]  # [..., words, 1, groups, d_out]
+            bit = (word >> shifts) & 1
+            step = alpha[..., p, None, None, :, :]
+            value = value + jnp.where(bit == 1, step, -step)
+        value = jnp.moveaxis(value, -2, -4)  # [..., groups, words, 32, d_out]
+        value = value.reshape(*self.planes.shape[:-4], -1, self.planes.shape[-1])
+        return value[..., : self.d_in, :].astype(dtype)
+
+    def codes(self) -> jax.Array:
+        """The integer codes, uint8 [..., d_in, d_out], most significant plane first."""
+        return unpack(self.planes)[..., : self.d_in, :]
+
+    def __repr__(self) -> str:
+        return f"BitPlanes(shape={self.shape}, bits={self.bits}, group_size={self.group_size})"
+
+
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["stacks"], meta_fields=["allocation"]
+)
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
+class MixedPlanes:
+    """Experts [E, d_in, d_out], each with its own width.
+
+    One uniform `BitPlanes` for each distinct width, and a static map from expert to (width, slot),
+    so that memory is the sum of the bits and experts keep their order.
+
+    Attributes:
+      stacks: `BitPlanes` of ascending width; stack s holds, in order, the experts of its width.
+      allocation: the width of each expert.
+    """
+
+    stacks: tuple[BitPlanes, ...]
+    allocation: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical shape [experts, d_in, d_out]."""
+        return (len(self.allocation), *self.stacks[0].shape[1:])
+
+    @property
+    def ndim(self) -> int:
+        """Number of logical axes, always 3."""
+        return 3
+
+    @property
+    def bits(self) -> float:
+        """Average width over experts."""
+        return sum(self.allocation) / len(self.allocation)
+
+    @property
+    def group_size(self) -> int:
+        """Input features that share a table entry."""
+        return self.stacks[0].group_size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of planes and tables together."""
+        return _nbytes(self)
+
+    @property
+    def effective_bits(self) -> float:
+        """Stored bits per logical weight, tables included."""
+        return 8 * self.nbytes / math.prod(self.shape)
+
+    @property
+    def location(self) -> tuple[tuple[int, int], ...]:
+        """For each expert the index of its stack and its slot there."""
+        widths = sorted(set(self.allocation))
+        return tuple(
+            (widths.index(k), self.allocation[:e].count(k))
+            for e, k in enumerate(self.allocation)
+        )
+
+    def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
+        """The weights in expert order, [experts, d_in, d_out] of `dtype`."""
+        starts = np.cumsum([0] + [stack.shape[0] for stack in self.stacks])
+        order = np.array([starts[s] + slot for s, slot in self.location])
+        return jnp.concatenate([stack.dequantize(dtype) for stack in self.stacks])[order]
+
+    def __repr__(self) -> str:
+        return f"MixedPlanes(shape={self.shape}, allocation={self.allocation})"
+
+
+Planes = BitPlanes | MixedPlanes
+
+
+def pack(codes: jax.Array, bits: int, group_size: int) -> jax.Array:
+    """Codes to planes.
+
+    Args:
+      codes: unsigned integers below ``2**bits``, [..., d_in, d_out]; d_in a multiple of
+        `group_size`.
+      bits: number of planes, 1 to 8.
+      group_size: a multiple of 32.
+
+    Returns:
+      uint32 [..., bits, words, groups, d_out].
+
+    Raises:
+      ValueError: if the shape cannot be grouped.
+    """
+    *batch, d_in, d_out = codes.shape
+    if group_size % WORD or group_size < WORD or d_in % group_size:
+        raise ValueError(
+            f"{d_in} input features cannot be cut into groups of {group_size}: "
+            f"group sizes are multiples of {WORD} that divide the (padded) input features"
+        )
+    words = codes.astype(jnp.uint32).reshape(
+        *batch, d_in // group_size, group_size // WORD, WORD, d_out
+    )
+    words = jnp.moveaxis(words, -4, -2)  # [..., words, 32, groups, d_out]
+    shifts = jnp.arange(WORD, dtype=jnp.uint32)[:, None, None]
+    planes = [
+        jnp.sum(((words >> (bits - 1 - p)) & 1) << shifts, axis=-3, dtype=jnp.uint32)
+        for p in range(bits)
+    ]
+    return jnp.stack(planes, axis=-4)
+
+
+def unpack(planes: jax.Array) -> jax.Array:
+    """Planes uint32 [..., bits, words, groups, d_out] to codes uint8 [..., padded d_in, d_out]."""
+    bits = planes.shape[-4]
+    shifts = jnp.arange(WORD, dtype=jnp.uint32)[:, None, None]
+    weights = 2 ** jnp.arange(bits - 1, -1, -1, dtype=jnp.uint32)
+    bit = (planes[..., None, :, :] >> shifts) & 1  # [..., bits, words, 32, groups, d_out]
+    code = jnp.sum(bit * weights[:, None, None, None, None], axis=-5, dtype=jnp.uint32)
+    code = jnp.moveaxis(code, -2, -4)
+    return code.reshape(*planes.shape[:-4], -1, planes.shape[-1]).astype(jnp.uint8)
+
+
+def padded(d_in: int) -> int:
+    """`d_in` rounded up to whole words."""
+    return -(-d_in // WORD) * WORD
+
+
+def resolve_group_size(d_in: int, group_size: int | None) -> int:
+    """The group size to use: the one asked for, or the largest fitting multiple of 32 up to 128.
+
+    Raises:
+      ValueError: if an explicit `group_size` does not divide the padded input features.
+    """
+    if group_size is None:
+        return max(g for g in range(WORD, 4 * WORD + 1, WORD) if padded(d_in) % g == 0)
+    if group_size < WORD or group_size % WORD or padded(d_in) % group_size:
+        raise ValueError(
+            f"{d_in} input features cannot be cut into groups of {group_size}: choose a multiple "
+            f"of {WORD} that divides {padded(d_in)}, or leave it out for "
+            f"{resolve_group_size(d_in, None)}"
+        )
+    return group_size
+
+
+def empty(
+    shape: Sequence[int], widths: int | Sequence[int], group_size: int | None = None
+) -> BitPlanes:
+    """All-zero planes and tables of a given logical shape, for initialisers and restoring.
+
+    Args:
+      shape: logical [..., d_in, d_out].
+      widths: one width, or the widths to keep tables for, ascending.
+      group_size: see `resolve_group_size`.
+    """
+    widths = (int(widths),) if isinstance(widths, int | np.integer) else tuple(widths)
+    *batch, d_in, d_out = shape
+    group_size = resolve_group_size(d_in, group_size)
+    groups = padded(d_in) // group_size
+    return BitPlanes(
+        planes=jnp.zeros((*batch, widths[-1], group_size // WORD, groups, d_out), jnp.uint32),
+        tables=tuple(
+            jnp.zeros((*batch, tables_lib.num_rows(k), groups, d_out), jnp.uint8) for k in widths
+        ),
+        widths=widths,
+        d_in=d_in,
+        group_size=group_size,
+    )
+
+
+def _nbytes(tree: Any) -> int:
+    return sum(
+        math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree)
+    )

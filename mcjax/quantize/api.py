@@ -1,0 +1,105 @@
+"""The entry point of quantisation: checks, padding, leading axes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mcjax.bitplane import BitPlanes, pack, padded, resolve_group_size
+from mcjax.quantize import gram as gram_lib
+from mcjax.quantize.nested import quantize_matrix
+from mcjax.tables import MAX_MAGNITUDE
+
+
+def quantize(
+    w: jax.Array,
+    bits: int = 4,
+    group_size: int | None = None,
+    gram: jax.Array | None = None,
+    *,
+    widths: Sequence[int] | None = None,
+    weights: Sequence[float] | None = None,
+    damping: float = 0.01,
+    sweeps: int = 6,
+) -> BitPlanes:
+    """Quantises a weight once, for every width up to `bits`.
+
+    Args:
+      w: float [..., d_in, d_out]; leading axes (experts) are independent.
+      bits: number of planes, 1 to 8.
+      group_size: input features that share a table entry, a multiple of 32 that divides d_in
+        (padded to whole words); by default the largest up to 128.
+      gram: float [..., d_in, d_in], sums of x x' over calibration inputs x; None minimises the
+        plain squared error of the weights.
+      widths: widths that get a table, ascending up to `bits`; by default 1..bits.
+      weights: lambda_k, how much each width's error counts; by default 3**(k - 1).
+      damping: fraction of the Gram matrix's mean diagonal added to its diagonal.
+      sweeps: rounds of coordinate descent after the GPTQ pass.
+
+    Returns:
+      `BitPlanes` of logical shape [..., d_in, d_out] with a table for each of `widths`.
+
+    Raises:
+      ValueError: for shapes, widths, group sizes or values that cannot be quantised.
+    """
+    if not 1 <= bits <= 8:
+        raise ValueError(f"bits must be 1 to 8, got {bits}")
+    widths = tuple(range(1, bits + 1)) if widths is None else tuple(int(k) for k in widths)
+    if not widths or widths[-1] != bits or sorted(set(widths)) != list(widths) or widths[0] < 1:
+        raise ValueError(f"widths must ascend from at least 1 to bits={bits}, got {widths}")
+    weights = tuple(3.0 ** (k - 1) for k in widths) if weights is None else tuple(weights)
+    if len(weights) != len(widths) or min(weights) <= 0:
+        raise ValueError(f"weights must be {len(widths)} positive numbers, got {weights}")
+    if w.ndim < 2 or not jnp.issubdtype(w.dtype, jnp.floating):
+        raise ValueError(f"w must be float [..., d_in, d_out], got {w.dtype} {w.shape}")
+    d_in = w.shape[-2]
+    if gram is not None and gram.shape != (*w.shape[:-1], d_in):
+        raise ValueError(f"gram {gram.shape} does not fit w {w.shape}: want [..., d_in, d_in]")
+    group_size = resolve_group_size(d_in, group_size)
+    _check_values("w", w, MAX_MAGNITUDE)
+    if gram is not None:
+        _check_values("gram", gram, np.inf)
+    return _quantize(
+        w,
+        gram,
+        widths=widths,
+        weights=weights,
+        group_size=group_size,
+        damping=damping,
+        sweeps=sweeps,
+    )
+
+
+@partial(jax.jit, static_argnames=("widths", "weights", "group_size", "sweeps"))
+def _quantize(w, gram, *, widths, weights, group_size, damping, sweeps):
+    d_in = w.shape[-2]
+    extra = padded(d_in) - d_in
+    w = jnp.pad(w.astype(jnp.float32), [(0, 0)] * (w.ndim - 2) + [(0, extra), (0, 0)])
+    if gram is not None:
+        gram = gram_lib.pad(gram_lib.condition(gram, damping), padded(d_in))
+    one = partial(
+        quantize_matrix, widths=widths, weights=weights, group_size=group_size, sweeps=sweeps
+    )
+    for _ in range(w.ndim - 2):
+        one = jax.vmap(one)
+    codes, tables = one(w, gram)
+    return BitPlanes(
+        planes=pack(codes, widths[-1], group_size),
+        tables=tables,
+        widths=widths,
+        d_in=d_in,
+        group_size=group_size,
+    )
+
+
+def _check_values(name, value, limit):
+    """Refuses NaN, infinity and values out of range, where the array is concrete."""
+    if isinstance(value, jax.core.Tracer):
+        return
+    peak = float(jnp.max(jnp.abs(value))) if value.size else 0.0
+    if not np.isfinite(peak) or peak > limit:
+        raise ValueError(f"{name} has a magnitude of {peak}; finite values up to {limit} expected")

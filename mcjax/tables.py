@@ -1,0 +1,98 @@
+"""Eight-bit tables: how the few numbers that turn bits into weights are stored.
+
+At width `k` a group of one output channel has step sizes ``alpha[0..k-1] >= 0`` and an `offset`.
+A table stores them as bytes that need no scale of their own:
+
+    alpha  = 2^((c - 175) / 8)          for c = 1..255, and 0 for c = 0     (2^-21.75 .. 2^10)
+    offset = (q - 128) / 64 * sum_p alpha_p                                 for q = 0..255
+
+The step grid is logarithmic, so its relative precision (4.4 % at worst, codes are chosen after
+rounding) is the same for every layer, and offsets are relative to the half span of the group's
+values, so +-2 half spans are reached. No table costs more than 32 bits a group: widths 1 to 3
+store every alpha and the offset, width 4 its four alphas and no offset (a nested code gains more
+from free alphas than from an offset), wider ones are uniform, ``alpha_p = delta 2^(k-1-p) / 2``,
+and store delta and offset. The encoding is ours.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+_FREE_WIDTHS = 4
+_OFFSET_FREE = (4,)
+
+MAX_MAGNITUDE = 2.0**10
+"""Weights beyond this cannot be represented; rescale them first."""
+
+_STEPS_PER_OCTAVE = 8
+_BIAS = 175
+_OFFSET_STEPS = 64.0
+
+
+def num_rows(width: int) -> int:
+    """Bytes that a table of `width` bits keeps for each group of an output channel."""
+    steps = width if width <= _FREE_WIDTHS else 1
+    return steps + has_offset(width)
+
+
+def has_offset(width: int) -> bool:
+    """Whether a table of `width` bits ends in a row of offsets."""
+    return width not in _OFFSET_FREE
+
+
+def basis(width: int) -> jax.Array:
+    """How stored steps make up the alphas of a width.
+
+    Returns:
+      float32 [steps, width]: ``alpha = steps @ basis(width)``, the identity for free widths, one
+      row ``2^(k-1-p) / 2`` for uniform ones.
+    """
+    if width <= _FREE_WIDTHS:
+        return jnp.eye(width, dtype=jnp.float32)
+    return (2.0 ** jnp.arange(width - 2, -2, -1, dtype=jnp.float32))[None]
+
+
+def round_step(step: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Nearest storable step, by ratio.
+
+    Args:
+      step: float array of any shape; negative entries are stored as 0.
+
+    Returns:
+      The uint8 code and the float32 value that it stands for, each of `step`'s shape.
+    """
+    exponent = jnp.log2(jnp.maximum(step, 2.0**-40)) * _STEPS_PER_OCTAVE
+    code = jnp.clip(jnp.round(exponent) + _BIAS, 0, 255).astype(jnp.uint8)
+    return code, _step_value(code)
+
+
+def round_offset(offset: jax.Array, half_span: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Nearest storable offset given ``half_span = sum_p alpha_p`` (same shape): code and value."""
+    unit = half_span / _OFFSET_STEPS
+    ratio = jnp.where(unit > 0, offset / jnp.where(unit > 0, unit, 1), 0)
+    code = jnp.clip(jnp.round(ratio), -128, 127) + 128
+    return code.astype(jnp.uint8), (code - 128) * unit
+
+
+def decode(table: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
+    """Reads a table.
+
+    Args:
+      table: uint8 [..., num_rows(width), groups, d_out].
+      width: the number of planes that the table goes with.
+
+    Returns:
+      alpha float32 [..., width, groups, d_out] and offset float32 [..., groups, d_out].
+    """
+    steps = _step_value(table[..., : num_rows(width) - has_offset(width), :, :])
+    alpha = jnp.sum(steps[..., :, None, :, :] * basis(width)[:, :, None, None], axis=-4)
+    if not has_offset(width):
+        return alpha, jnp.zeros_like(alpha[..., 0, :, :])
+    offset = (table[..., -1, :, :].astype(jnp.float32) - 128) / _OFFSET_STEPS
+    return alpha, offset * jnp.sum(alpha, axis=-3)
+
+
+def _step_value(code: jax.Array) -> jax.Array:
+    value = jnp.exp2((code.astype(jnp.float32) - _BIAS) / _STEPS_PER_OCTAVE)
+    return jnp.where(code == 0, 0.0, value)
