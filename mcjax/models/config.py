@@ -1,0 +1,151 @@
+"""The shape of a Mixtral, as Hugging Face's config.json describes it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary position embedding and how it is stretched beyond its trained length.
+
+    Attributes mean what transformers' `rope_parameters` of the same names mean; factors of longrope
+    are tuples of head_dim / 2 numbers.
+    """
+
+    rope_theta: float = 10000.0
+    rope_type: str = "default"
+    factor: float = 1.0
+    original_max_position_embeddings: int | None = None
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtralConfig:
+    """Sizes and constants of a Mixtral; names follow Hugging Face.
+
+    Attributes:
+      sliding_window: keys a query can see, itself included; None for all before it.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    num_local_experts: int
+    num_experts_per_tok: int
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-5
+    sliding_window: int | None = None
+    tie_word_embeddings: bool = False
+    rope: RopeConfig = RopeConfig()
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"config: {field.name} must be a positive integer, got {value!r}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"config: {self.num_attention_heads} attention heads cannot share "
+                f"{self.num_key_value_heads} key-value heads"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"config: head_dim must be even for rotary embeddings: {self.head_dim}")
+        if self.num_experts_per_tok > self.num_local_experts:
+            raise ValueError(
+                f"config: {self.num_experts_per_tok} experts per token of {self.num_local_experts}"
+            )
+        if self.rope.rope_type not in ROPE_TYPES:
+            raise ValueError(f"config: unknown rope type {self.rope.rope_type!r}; one of {ROPE_TYPES}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; `from_dict` reads them back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> MixtralConfig:
+        """Rebuilds what `to_dict` wrote."""
+        rope = {k: tuple(v) if isinstance(v, list) else v for k, v in values["rope"].items()}
+        return cls(**{**values, "rope": RopeConfig(**rope)})
+
+    @classmethod
+    def from_hugging_face(cls, values: Mapping[str, Any]) -> MixtralConfig:
+        """Reads a config.json, as transformers 4 (`rope_theta`) or 5 (`rope_parameters`) writes it.
+
+        Raises:
+          ValueError: for another architecture, a missing field or an impossible size.
+        """
+        kind = values.get("model_type")
+        if kind != "mixtral":
+            raise ValueError(f"config: model_type {kind!r} is not supported; only 'mixtral' is")
+        activation = values.get("hidden_act", "silu")
+        if activation != "silu":
+            raise ValueError(f"config: hidden_act {activation!r} is not supported; only 'silu' is")
+        try:
+            heads, hidden = values["num_attention_heads"], values["hidden_size"]
+            return cls(
+                vocab_size=values["vocab_size"],
+                hidden_size=hidden,
+                intermediate_size=values["intermediate_size"],
+                num_hidden_layers=values["num_hidden_layers"],
+                num_attention_heads=heads,
+                num_key_value_heads=values.get("num_key_value_heads") or heads,
+                head_dim=values.get("head_dim") or hidden // heads,
+                num_local_experts=values["num_local_experts"],
+                num_experts_per_tok=values["num_experts_per_tok"],
+                max_position_embeddings=values["max_position_embeddings"],
+                rms_norm_eps=float(values.get("rms_norm_eps", 1e-5)),
+                sliding_window=values.get("sliding_window"),
+                tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
+                rope=_rope(values),
+            )
+        except KeyError as error:
+            raise ValueError(f"config: field {error.args[0]!r} is missing") from None
+        except TypeError as error:
+            raise ValueError(f"config: a field has the wrong type: {error}") from None
+
+
+def _rope(values: Mapping[str, Any]) -> RopeConfig:
+    given = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
+    given["rope_type"] = given.pop("type", None) or given.get("rope_type") or "default"
+    theta = given.get("rope_theta") or values.get("rope_theta")
+    if theta is None:
+        theta = 1e6  # transformers' default for Mixtral
+    fields = {field.name for field in dataclasses.fields(RopeConfig)}
+    known = {k: v for k, v in given.items() if k in fields and v is not None}
+    known["rope_theta"] = float(theta)
+    for name in ("short_factor", "long_factor"):
+        known[name] = tuple(float(v) for v in known.get(name, ()))
+    original = known.get("original_max_position_embeddings")
+    if known["rope_type"] == "longrope":
+        # transformers lets the top-level field win, and derives the factor from it.
+        original = values.get("original_max_position_embeddings") or original
+        if original:
+            known["factor"] = values["max_position_embeddings"] / original
+    if known["rope_type"] in ("yarn", "llama3", "longrope") and not original:
+        original = values["max_position_embeddings"]
+    known["original_max_position_embeddings"] = original
+    if known["rope_type"] == "yarn" and "factor" not in known and original:
+        known["factor"] = values["max_position_embeddings"] / original
+    if not math.isfinite(known["rope_theta"]) or known["rope_theta"] <= 0:
+        raise ValueError(f"config: rope_theta must be positive, got {theta!r}")
+    return RopeConfig(**known)

@@ -1,0 +1,11 @@
+"""Products of activations with weights.
+
+  dot       `dot` and `expert_dot`, over dense or plane weights
+  grouped   rows sorted by expert, so that each is computed once
+  popcount  int8 activations against planes, by counting bits
+"""
+
+from mcjax.ops.dot import dense, dot, expert_dot
+from mcjax.ops.grouped import expert_map
+
+__all__ = ["dense", "dot", "expert_dot", "expert_map"]

@@ -1,0 +1,108 @@
+"""Products of activations with dense or plane weights."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from mcjax.bitplane import BitPlanes, MixedPlanes, Planes
+from mcjax.ops.grouped import expert_map
+from mcjax.ops.popcount import popcount_dot
+
+Weight = jax.Array | BitPlanes | MixedPlanes
+
+
+def dense(weight: Weight, dtype=jnp.float32) -> jax.Array:
+    """The weight as an array [..., d_in, d_out] of `dtype`, dequantised if it is planes."""
+    if isinstance(weight, BitPlanes | MixedPlanes):
+        return weight.dequantize(dtype)
+    return weight.astype(dtype)
+
+
+def dot(x: jax.Array, planes: Weight, act_bits: int | None = None) -> jax.Array:
+    """Activations times one weight.
+
+    Args:
+      x: float [..., d_in].
+      planes: a weight of logical shape [d_in, d_out].
+      act_bits: None multiplies in x's own type; 8 rounds every row of x to int8 first and counts
+        bits, a deliberate change of numerics.
+
+    Returns:
+      [..., d_out] of x's dtype.
+
+    Raises:
+      ValueError: if shapes do not fit or `act_bits` is neither None nor 8.
+    """
+    if len(planes.shape) != 2 or x.shape[-1] != planes.shape[0]:
+        raise ValueError(f"x {x.shape} does not multiply a weight of shape {planes.shape}")
+    if act_bits is None:
+        return jnp.dot(x, dense(planes, x.dtype))
+    if act_bits != 8 or not isinstance(planes, BitPlanes):
+        raise ValueError(f"act_bits must be None, or 8 with BitPlanes; got {act_bits}")
+    return popcount_dot(x, planes)
+
+
+def expert_dot(
+    x: jax.Array,
+    planes: Weight,
+    index: jax.Array,
+    keep: jax.Array | None = None,
+    act_bits: int | None = None,
+) -> jax.Array:
+    """Every token times each of the experts it is routed to.
+
+    Args:
+      x: float [T, d_in].
+      planes: a weight of logical shape [E, d_in, d_out].
+      index: int [T, K], the experts of each token.
+      keep: bool [T, K]; pairs that are not kept are not computed and give zeros. None keeps all.
+      act_bits: as in `dot`.
+
+    Returns:
+      [T, K, d_out] of x's dtype.
+
+    Raises:
+      ValueError: if shapes do not fit.
+    """
+    if x.ndim != 2 or len(planes.shape) != 3 or x.shape[1] != planes.shape[1]:
+        raise ValueError(f"x {x.shape} does not multiply experts of shape {planes.shape}")
+    if index.shape[:1] != x.shape[:1] or (keep is not None and keep.shape != index.shape):
+        raise ValueError(
+            f"index {index.shape} and keep {None if keep is None else keep.shape} must be "
+            f"[{x.shape[0]}, K]"
+        )
+    tokens, k = index.shape
+    rows = jnp.repeat(x, k, axis=0)
+    flat_keep = None if keep is None else keep.reshape(-1)
+    out = expert_map(
+        expert_product(planes, act_bits, x.dtype),
+        rows,
+        index.reshape(-1),
+        flat_keep,
+        planes.shape[0],
+        planes.shape[2],
+    )
+    return out.reshape(tokens, k, -1)
+
+
+def expert_product(planes: Weight, act_bits: int | None, dtype):
+    """A function (expert, rows [N, d_in]) -> [N, d_out], for `expert_map`."""
+    if act_bits is None:
+        weights = dense(planes, dtype)
+        return lambda expert, rows: jnp.dot(rows, weights[expert])
+    if act_bits != 8 or not isinstance(planes, BitPlanes | MixedPlanes):
+        raise ValueError(f"act_bits must be None, or 8 with planes; got {act_bits}")
+    return lambda expert, rows: select_expert(planes, expert, lambda one: popcount_dot(rows, one))
+
+
+def select_expert(planes: Planes, expert: jax.Array, function):
+    """`function` of one expert's `BitPlanes`, the expert being traced and widths differing."""
+    if isinstance(planes, BitPlanes):
+        return function(jax.tree.map(lambda leaf: leaf[expert], planes))
+    stack, slot = jnp.asarray(planes.location).T
+    branches = [
+        lambda s, one=one: function(jax.tree.map(lambda leaf: leaf[s], one))
+        for one in planes.stacks
+    ]
+    return jax.lax.switch(stack[expert], branches, slot[expert])
