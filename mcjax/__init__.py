@@ -1,6 +1,14 @@
-"""mcjax: Mixture-of-Experts models as bit planes, in JAX."""
+"""mcjax: Mixture-of-Experts models as bit planes, in JAX.
 
+Quantise once with `quantize` (one weight) or `mcjax compress` (a model); then `BitPlanes.slice`,
+`load(path, budget=...)` and `Model.refine` serve any precision of the same bits. `dot` and
+`expert_dot` multiply with planes, `pmq` shares a budget out among experts.
+"""
+
+from mcjax import pmq
 from mcjax.bitplane import BitPlanes, MixedPlanes
+from mcjax.ops import dot, expert_dot
 from mcjax.quantize import quantize
+from mcjax.serving import Model, load
 
-__all__ = ["BitPlanes", "MixedPlanes", "quantize"]
+__all__ = ["BitPlanes", "MixedPlanes", "Model", "dot", "expert_dot", "load", "pmq", "quantize"]

@@ -1,0 +1,189 @@
+"""The command line. Progress and errors go to stderr, results to stdout."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+EXAMPLES = """examples:
+  mcjax compress Mixtral-8x7B-v0.1/ mixtral.mcjax --calibration c4.txt
+  mcjax eval mixtral.mcjax --text wiki.txt --budget 2.05
+  mcjax info mixtral.mcjax --budget 2.05 --plot allocation.png
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.disable(logging.WARNING)
+    try:
+        arguments.run(arguments)
+    except (ValueError, TypeError, OSError) as error:
+        line = " ".join(str(error).split()) or type(error).__name__
+        print(f"mcjax: error: {line}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("mcjax: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mcjax",
+        description="Quantise a Mixture-of-Experts model once; serve it at any precision.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    compress = commands.add_parser(
+        "compress",
+        help="Hugging Face folder -> one artifact for every width",
+        description="Quantises a Mixtral to bit planes. One artifact then serves every average "
+        "bit-width up to --max-bits, chosen when it is loaded.",
+    )
+    compress.add_argument("model", metavar="MODEL", help="folder with config.json, *.safetensors, tokenizer.json")
+    compress.add_argument("out", metavar="OUT", help="the artifact to write; must not exist")
+    compress.add_argument("--calibration", metavar="TEXT", required=True,
+                          help="UTF-8 text like what the model will see; a megabyte is plenty")
+    compress.add_argument("--max-bits", type=int, default=4, help="planes of each expert weight, 1 to 8 (default 4)")
+    compress.add_argument("--group-size", default="auto",
+                          help="input features that share a scale, a multiple of 32; auto (default) is "
+                          "the largest up to 128 that fits each weight")
+    compress.add_argument("--samples", type=int, default=128, help="calibration windows (default 128)")
+    compress.add_argument("--seq-len", type=int, default=2048, help="tokens in a window (default 2048)")
+    compress.add_argument("--resume", action="store_true",
+                          help="go on from finished layers of an interrupted run, and keep them if interrupted")
+    compress.set_defaults(run=_compress)
+
+    info = commands.add_parser(
+        "info",
+        help="what an artifact holds, and the allocation at a budget",
+        description="Describes an artifact: sizes, widths, experts that calibration hardly reached, "
+        "and how a budget is shared out.",
+    )
+    info.add_argument("out", metavar="OUT", help="an artifact")
+    info.add_argument("--budget", type=float, help="average bits per expert weight")
+    info.add_argument("--plot", metavar="FILE.png", help="draw the allocation (layers x experts), and "
+                      "perplexity against bytes where `mcjax eval` has measured it")
+    info.add_argument("--json", action="store_true", help="end with one JSON object")
+    info.set_defaults(run=_info)
+
+    evaluate = commands.add_parser(
+        "eval",
+        help="perplexity of a model or an artifact at any budget",
+        description="Perplexity on a text: tokenised whole, cut into consecutive windows of --seq-len.",
+    )
+    evaluate.add_argument("model", metavar="MODEL|OUT", help="Hugging Face folder, or artifact")
+    evaluate.add_argument("--text", metavar="FILE", required=True, help="UTF-8 text")
+    width = evaluate.add_mutually_exclusive_group()
+    width.add_argument("--budget", type=float, help="average bits per expert weight, shared out by PMQ")
+    width.add_argument("--bits", type=int, help="one width for every expert")
+    evaluate.add_argument("--seq-len", type=int, default=512, help="tokens in a window (default 512)")
+    evaluate.add_argument("--max-tokens", type=int, help="use only the first tokens of the text")
+    evaluate.add_argument("--json", action="store_true", help="end with one JSON object")
+    evaluate.set_defaults(run=_evaluate)
+    return parser
+
+
+def _compress(arguments: argparse.Namespace) -> None:
+    from mcjax.compress import compress, coverage
+
+    group_size = None
+    if arguments.group_size != "auto":
+        try:
+            group_size = int(arguments.group_size)
+        except ValueError:
+            raise ValueError(
+                f"--group-size must be a number or auto, got {arguments.group_size!r}"
+            ) from None
+    manifest = compress(
+        arguments.model,
+        arguments.out,
+        arguments.calibration,
+        max_bits=arguments.max_bits,
+        group_size=group_size,
+        samples=arguments.samples,
+        seq_len=arguments.seq_len,
+        resume=arguments.resume,
+        progress=_progress,
+        report=lambda line: print(line, file=sys.stderr),
+    )
+    for layer, expert, tokens in coverage(manifest):
+        print(
+            f"rare: expert {expert} of layer {layer} got {tokens} of "
+            f"{manifest['statistics']['tokens']} calibration tokens; quantised on its layer's inputs",
+            file=sys.stderr,
+        )
+    print(f"{arguments.out}: widths {manifest['statistics']['bits']}, "
+          f"{_size(_directory_bytes(Path(arguments.out)))}")
+
+
+def _info(arguments: argparse.Namespace) -> None:
+    from mcjax.report import describe, plot
+
+    facts = describe(arguments.out, arguments.budget)
+    if arguments.plot:
+        plot(facts, arguments.plot)
+    if arguments.json:
+        print(json.dumps(facts))
+        return
+    for key in ("path", "source_sha256", "layers", "experts", "max_bits", "group_sizes", "bytes",
+                "feasible_budgets", "calibration"):
+        print(f"{key:18} {facts[key]}")
+    for layer, expert, tokens in facts["rare_experts"]:
+        print(f"rare               expert {expert} of layer {layer}: {tokens} calibration tokens")
+    if facts["allocation"] is not None:
+        print(f"allocation at {facts['budget']} bits (rows are layers)")
+        for row in facts["allocation"]:
+            print("  " + " ".join(map(str, row)))
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from mcjax.evaluate import evaluate
+
+    facts = evaluate(
+        arguments.model,
+        arguments.text,
+        budget=arguments.budget,
+        bits=arguments.bits,
+        seq_len=arguments.seq_len,
+        max_tokens=arguments.max_tokens,
+        progress=_progress,
+    )
+    if arguments.json:
+        print(json.dumps(facts))
+        return
+    print(f"perplexity        {facts['perplexity']:.4f} on {facts['tokens']} tokens")
+    print(f"expert bits       {facts['average_bits']:.3f} average, {facts['effective_bits']:.3f} with tables")
+    print(f"bytes read        {facts['bytes_read']} ({_size(facts['bytes_read'])})")
+    print(f"tokens a second   {facts['tokens_per_second']:.0f}")
+
+
+def _progress(items: Any, description: str = "") -> Any:
+    """A rich progress bar on stderr around a sized iterable."""
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(items, description=description, console=Console(stderr=True), transient=True)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
+
+
+def _directory_bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

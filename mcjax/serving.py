@@ -1,0 +1,199 @@
+"""Serving an artifact at a budget: `load`, and `refine` to more bits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mcjax import checkpoint, pmq
+from mcjax.models.config import MixtralConfig
+from mcjax.models.mixtral import Mixtral, PlaneSpec
+
+ALLOCATION = {"scope": "model", "gamma": 2.0}
+"""How a budget is shared out, chosen by measurement (see benchmarks/README.md)."""
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["params"],
+    meta_fields=["module", "path", "bytes_read", "expert_bytes_read"],
+)
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
+class Model:
+    """A language model and its parameters, as one pytree.
+
+    Attributes:
+      params: for `module.apply({"params": params}, tokens)`.
+      module: the `Mixtral` whose static widths fit `params`.
+      path: the artifact.
+      bytes_read: uncompressed bytes read from the artifact to get here.
+      expert_bytes_read: those of them that are expert weights with their tables.
+    """
+
+    params: Any
+    module: Mixtral
+    path: str
+    bytes_read: int
+    expert_bytes_read: int
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Tokens int [B, T] to next-token logits [B, T, vocab]."""
+        return self.module.apply({"params": self.params}, tokens)
+
+    @property
+    def allocation(self) -> np.ndarray:
+        """Each expert's width, int [L, E]."""
+        return np.array(self.module.planes.allocation)
+
+    @property
+    def average_bits(self) -> float:
+        """Average width over experts, tables not counted."""
+        return float(self.allocation.mean())
+
+    @property
+    def effective_bits(self) -> float:
+        """Bits per expert weight as held, tables included."""
+        experts = [
+            planes
+            for i in range(self.module.config.num_hidden_layers)
+            for planes in self.params[f"layer_{i}"]["moe"]["experts"].values()
+        ]
+        weights = sum(math.prod(p.shape) for p in experts)
+        return 8 * sum(p.nbytes for p in experts) / weights
+
+    def refine(
+        self,
+        budget: float | None = None,
+        *,
+        bits: int | None = None,
+        allocation: Sequence[Sequence[int]] | None = None,
+    ) -> Model:
+        """The same artifact at other widths, reading only the planes that are not here yet.
+
+        Args:
+          budget: as in `load`.
+          bits: as in `load`.
+          allocation: as in `load`.
+
+        Returns:
+          A new `Model`; this one stays as it is.
+        """
+        reader = checkpoint.ArtifactReader(self.path)
+        wanted = resolve_allocation(reader.manifest, budget, bits, allocation)
+        spec = PlaneSpec(
+            allocation=wanted,
+            attention=self.module.planes.attention,
+            group_size=self.module.planes.group_size,
+        )
+        params = dict(self.params)
+        for i, widths in enumerate(wanted):
+            params[f"layer_{i}"] = checkpoint.read_layer(
+                reader, i, widths, spec.attention, loaded=self.params[f"layer_{i}"]
+            )
+        return Model(
+            params=params,
+            module=self.module.clone(planes=spec),
+            path=self.path,
+            bytes_read=self.bytes_read + reader.bytes_read,
+            expert_bytes_read=self.expert_bytes_read + reader.expert_bytes_read,
+        )
+
+
+def load(
+    path: str | Path,
+    budget: float | None = None,
+    *,
+    bits: int | None = None,
+    allocation: Sequence[Sequence[int]] | None = None,
+    attention_bits: int = 4,
+    dtype: Any = jnp.float32,
+) -> Model:
+    """Loads an artifact at a precision chosen now, reading only the bytes that it needs.
+
+    Args:
+      path: written by `mcjax compress`.
+      budget: average bits per expert weight; PMQ shares them out by the artifact's statistics.
+      bits: one width for every expert instead.
+      allocation: each expert's width [L, E] instead. Without any of the three, all planes.
+      attention_bits: width of the attention's weights, 4 or 8.
+      dtype: of activations.
+
+    Returns:
+      A `Model`.
+
+    Raises:
+      ValueError: if the artifact is damaged or of another version, or the precision is not
+        feasible.
+    """
+    reader = checkpoint.ArtifactReader(path)
+    manifest = reader.manifest
+    config = MixtralConfig.from_dict(manifest["config"])
+    widths = resolve_allocation(manifest, budget, bits, allocation)
+    if attention_bits not in manifest["attention_widths"]:
+        raise ValueError(
+            f"attention_bits {attention_bits} is not one of {manifest['attention_widths']}"
+        )
+    spec = PlaneSpec(
+        allocation=widths, attention=attention_bits, group_size=manifest["group_size"]
+    )
+    params = checkpoint.read_rest(reader)
+    for i, mine in enumerate(widths):
+        params[f"layer_{i}"] = checkpoint.read_layer(reader, i, mine, attention_bits)
+    return Model(
+        params=params,
+        module=Mixtral(config, spec, dtype),
+        path=str(reader.directory),
+        bytes_read=reader.bytes_read,
+        expert_bytes_read=reader.expert_bytes_read,
+    )
+
+
+def statistics(manifest: dict[str, Any]) -> pmq.ExpertStatistics:
+    """The PMQ statistics that travel in an artifact."""
+    kept = manifest["statistics"]
+    return pmq.ExpertStatistics(
+        frequency=np.array(kept["frequency"]),
+        routing_weight=np.array(kept["routing_weight"]),
+        error=np.array(kept["error"]),
+        bits=tuple(kept["bits"]),
+    )
+
+
+def resolve_allocation(
+    manifest: dict[str, Any],
+    budget: float | None,
+    bits: int | None,
+    allocation: Sequence[Sequence[int]] | None,
+) -> tuple[tuple[int, ...], ...]:
+    """Each expert's width from whichever one of the three is given.
+
+    Raises:
+      ValueError: if more than one is given, or the given one is not feasible.
+    """
+    if sum(value is not None for value in (budget, bits, allocation)) > 1:
+        raise ValueError("give one of budget, bits and allocation, not several")
+    stats = statistics(manifest)
+    shape, top = stats.frequency.shape, manifest["max_bits"]
+    if budget is not None:
+        chosen = pmq.allocate(stats, budget, **ALLOCATION)
+    elif allocation is not None:
+        chosen = np.asarray(allocation)
+        if chosen.shape != shape or not np.isin(chosen, stats.bits).all():
+            raise ValueError(
+                f"allocation must be [layers, experts] = {shape} of widths {stats.bits}, "
+                f"got shape {chosen.shape} with values {np.unique(chosen).tolist()[:10]}"
+            )
+    else:
+        width = top if bits is None else bits
+        if width not in stats.bits:
+            raise ValueError(f"bits {width} is not one of this artifact's widths {stats.bits}")
+        chosen = np.full(shape, width)
+    return tuple(tuple(int(k) for k in row) for row in chosen)
