@@ -133,9 +133,7 @@ class BitPlanes:
         return f"BitPlanes(shape={self.shape}, bits={self.bits}, group_size={self.group_size})"
 
 
-@partial(
-    jax.tree_util.register_dataclass, data_fields=["stacks"], meta_fields=["allocation"]
-)
+@partial(jax.tree_util.register_dataclass, data_fields=["stacks"], meta_fields=["allocation"])
 @dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class MixedPlanes:
     """Experts [E, d_in, d_out], each with its own width.
@@ -186,8 +184,7 @@ class MixedPlanes:
         """For each expert the index of its stack and its slot there."""
         widths = sorted(set(self.allocation))
         return tuple(
-            (widths.index(k), self.allocation[:e].count(k))
-            for e, k in enumerate(self.allocation)
+            (widths.index(k), self.allocation[:e].count(k)) for e, k in enumerate(self.allocation)
         )
 
     def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:

@@ -237,7 +237,11 @@ def read_layer(
         **params["moe"],
         "experts": {
             name: _read_experts(
-                reader, checkpoint, f"moe.experts.{name}", allocation, geometry,
+                reader,
+                checkpoint,
+                f"moe.experts.{name}",
+                allocation,
+                geometry,
                 None if held is None else held[name],
             )
             for name in EXPERT_WEIGHTS
@@ -252,8 +256,9 @@ def _read_experts(reader, checkpoint, leaf, allocation, geometry, held) -> Mixed
         for expert, (stack, slot) in enumerate(held.location):
             source = held.stacks[stack]
             kept[expert] = np.asarray(source.planes[slot]), np.asarray(source.tables[0][slot])
-    requests, places = [], []
-    experts: list[dict[Any, np.ndarray]] = [{} for _ in allocation]
+    requests: list[tuple[str, str, int | None]] = []
+    places: list[tuple[int, Any]] = []
+    experts: list[dict[Any, Any]] = [{} for _ in allocation]
     for expert, width in enumerate(allocation):
         planes, table = kept.get(expert, ((), None))
         for p in range(width):
@@ -299,6 +304,7 @@ def _read_dense(reader: ArtifactReader, checkpoint: str, names: list[str]) -> di
 
 
 def crc32(value: np.ndarray) -> int:
+    """Checksum of an array's bytes."""
     return zlib.crc32(np.ascontiguousarray(value).view(np.uint8).data)
 
 

@@ -36,6 +36,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def program() -> None:
+    """The installed command: `main`, with stdout kept for results alone.
+
+    HiGHS greets on the C library's stdout; whatever is not printed by us goes to stderr.
+    """
+    results = os.dup(1)
+    os.dup2(2, 1)
+    sys.stdout = os.fdopen(results, "w")
+    status = main()
+    sys.stdout.flush()
+    sys.exit(status)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mcjax",
@@ -51,18 +64,36 @@ def _parser() -> argparse.ArgumentParser:
         description="Quantises a Mixtral to bit planes. One artifact then serves every average "
         "bit-width up to --max-bits, chosen when it is loaded.",
     )
-    compress.add_argument("model", metavar="MODEL", help="folder with config.json, *.safetensors, tokenizer.json")
+    compress.add_argument(
+        "model", metavar="MODEL", help="folder with config.json, *.safetensors, tokenizer.json"
+    )
     compress.add_argument("out", metavar="OUT", help="the artifact to write; must not exist")
-    compress.add_argument("--calibration", metavar="TEXT", required=True,
-                          help="UTF-8 text like what the model will see; a megabyte is plenty")
-    compress.add_argument("--max-bits", type=int, default=4, help="planes of each expert weight, 1 to 8 (default 4)")
-    compress.add_argument("--group-size", default="auto",
-                          help="input features that share a scale, a multiple of 32; auto (default) is "
-                          "the largest up to 128 that fits each weight")
-    compress.add_argument("--samples", type=int, default=128, help="calibration windows (default 128)")
-    compress.add_argument("--seq-len", type=int, default=2048, help="tokens in a window (default 2048)")
-    compress.add_argument("--resume", action="store_true",
-                          help="go on from finished layers of an interrupted run, and keep them if interrupted")
+    compress.add_argument(
+        "--calibration",
+        metavar="TEXT",
+        required=True,
+        help="UTF-8 text like what the model will see; a megabyte is plenty",
+    )
+    compress.add_argument(
+        "--max-bits", type=int, default=4, help="planes of each expert weight, 1 to 8 (default 4)"
+    )
+    compress.add_argument(
+        "--group-size",
+        default="auto",
+        help="input features that share a scale, a multiple of 32; auto (default) is "
+        "the largest up to 128 that fits each weight",
+    )
+    compress.add_argument(
+        "--samples", type=int, default=128, help="calibration windows (default 128)"
+    )
+    compress.add_argument(
+        "--seq-len", type=int, default=2048, help="tokens in a window (default 2048)"
+    )
+    compress.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from finished layers of an interrupted run, and keep them if interrupted",
+    )
     compress.set_defaults(run=_compress)
 
     info = commands.add_parser(
@@ -73,8 +104,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     info.add_argument("out", metavar="OUT", help="an artifact")
     info.add_argument("--budget", type=float, help="average bits per expert weight")
-    info.add_argument("--plot", metavar="FILE.png", help="draw the allocation (layers x experts), and "
-                      "perplexity against bytes where `mcjax eval` has measured it")
+    info.add_argument(
+        "--plot",
+        metavar="FILE.png",
+        help="draw the allocation (layers x experts), and "
+        "perplexity against bytes where `mcjax eval` has measured it",
+    )
     info.add_argument("--json", action="store_true", help="end with one JSON object")
     info.set_defaults(run=_info)
 
@@ -86,9 +121,13 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("model", metavar="MODEL|OUT", help="Hugging Face folder, or artifact")
     evaluate.add_argument("--text", metavar="FILE", required=True, help="UTF-8 text")
     width = evaluate.add_mutually_exclusive_group()
-    width.add_argument("--budget", type=float, help="average bits per expert weight, shared out by PMQ")
+    width.add_argument(
+        "--budget", type=float, help="average bits per expert weight, shared out by PMQ"
+    )
     width.add_argument("--bits", type=int, help="one width for every expert")
-    evaluate.add_argument("--seq-len", type=int, default=512, help="tokens in a window (default 512)")
+    evaluate.add_argument(
+        "--seq-len", type=int, default=512, help="tokens in a window (default 512)"
+    )
     evaluate.add_argument("--max-tokens", type=int, help="use only the first tokens of the text")
     evaluate.add_argument("--json", action="store_true", help="end with one JSON object")
     evaluate.set_defaults(run=_evaluate)
@@ -124,8 +163,10 @@ def _compress(arguments: argparse.Namespace) -> None:
             f"{manifest['statistics']['tokens']} calibration tokens; quantised on its layer's inputs",
             file=sys.stderr,
         )
-    print(f"{arguments.out}: widths {manifest['statistics']['bits']}, "
-          f"{_size(_directory_bytes(Path(arguments.out)))}")
+    print(
+        f"{arguments.out}: widths {manifest['statistics']['bits']}, "
+        f"{_size(_directory_bytes(Path(arguments.out)))}"
+    )
 
 
 def _info(arguments: argparse.Namespace) -> None:
@@ -137,8 +178,17 @@ def _info(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(facts))
         return
-    for key in ("path", "source_sha256", "layers", "experts", "max_bits", "group_sizes", "bytes",
-                "feasible_budgets", "calibration"):
+    for key in (
+        "path",
+        "source_sha256",
+        "layers",
+        "experts",
+        "max_bits",
+        "group_sizes",
+        "bytes",
+        "feasible_budgets",
+        "calibration",
+    ):
         print(f"{key:18} {facts[key]}")
     for layer, expert, tokens in facts["rare_experts"]:
         print(f"rare               expert {expert} of layer {layer}: {tokens} calibration tokens")
@@ -150,6 +200,7 @@ def _info(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from mcjax.evaluate import evaluate
+    from mcjax.report import record
 
     facts = evaluate(
         arguments.model,
@@ -160,11 +211,15 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         max_tokens=arguments.max_tokens,
         progress=_progress,
     )
+    if Path(arguments.model, "manifest.json").is_file():
+        record(arguments.model, Path(arguments.text).name, facts)
     if arguments.json:
         print(json.dumps(facts))
         return
     print(f"perplexity        {facts['perplexity']:.4f} on {facts['tokens']} tokens")
-    print(f"expert bits       {facts['average_bits']:.3f} average, {facts['effective_bits']:.3f} with tables")
+    print(
+        f"expert bits       {facts['average_bits']:.3f} average, {facts['effective_bits']:.3f} with tables"
+    )
     print(f"bytes read        {facts['bytes_read']} ({_size(facts['bytes_read'])})")
     print(f"tokens a second   {facts['tokens_per_second']:.0f}")
 
@@ -186,4 +241,4 @@ def _directory_bytes(path: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

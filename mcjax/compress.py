@@ -151,7 +151,11 @@ def _run(folder, windows, directory, identity, batch_tokens, progress):
             shutil.rmtree(directory / "layers" / str(i), ignore_errors=True)
             record, tree = _quantize_layer(layer, params, x, starts, batch, identity)
             kept = {name: _narrow(stored[name]) for name in ("attention_norm", "moe_norm")}
-            tree = {**kept, **tree, "moe": {**tree["moe"], "router": _narrow(stored["moe"]["router"])}}
+            tree = {
+                **kept,
+                **tree,
+                "moe": {**tree["moe"], "router": _narrow(stored["moe"]["router"])},
+            }
             (directory / "layers").mkdir(exist_ok=True)
             record["checksums"] = checkpoint.save_tree(
                 directory / "layers" / str(i), tree, ["moe.experts."]
@@ -253,9 +257,11 @@ def _write_json(path: Path, value: Any) -> None:
 def _narrow(tree: Any) -> Any:
     """Arrays at 16 bits: those that have 16 already as they are, wider ones in bfloat16."""
     return jax.tree.map(
-        lambda a: np.asarray(a)
-        if np.dtype(a.dtype).itemsize <= 2
-        else np.asarray(a).astype(ml_dtypes.bfloat16),
+        lambda a: (
+            np.asarray(a)
+            if np.dtype(a.dtype).itemsize <= 2
+            else np.asarray(a).astype(ml_dtypes.bfloat16)
+        ),
         tree,
     )
 

@@ -103,7 +103,9 @@ class HuggingFaceFolder:
             moe = at + "block_sparse_moe."
 
             def stack(name, shape):
-                each = [self._read(f"{moe}experts.{n}.{name}.weight", shape, dtype) for n in range(e)]
+                each = [
+                    self._read(f"{moe}experts.{n}.{name}.weight", shape, dtype) for n in range(e)
+                ]
                 return np.stack([w.T for w in each])
 
             gate, up, down = stack("w1", (f, d)), stack("w3", (f, d)), stack("w2", (d, f))
@@ -210,3 +212,52 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, found {type(value).__name__}")
     return value
+
+
+def write_hugging_face(
+    directory: str | Path, config: MixtralConfig, params: Any, dtype: Any = ml_dtypes.bfloat16
+) -> None:
+    """Writes dense parameters as config.json and model.safetensors that transformers reads.
+
+    Args:
+      directory: an existing folder.
+      config: the model's sizes.
+      params: as `Mixtral(config).init` shapes them.
+      dtype: of the stored weights.
+    """
+    from safetensors.numpy import save_file
+
+    directory = Path(directory)
+    tensors = {
+        "model.embed_tokens.weight": params["embedding"],
+        "model.norm.weight": params["norm"]["scale"],
+    }
+    if not config.tie_word_embeddings:
+        tensors["lm_head.weight"] = np.asarray(params["head"]).T
+    for i in range(config.num_hidden_layers):
+        at, layer = f"model.layers.{i}.", params[f"layer_{i}"]
+        tensors[at + "input_layernorm.weight"] = layer["attention_norm"]["scale"]
+        tensors[at + "post_attention_layernorm.weight"] = layer["moe_norm"]["scale"]
+        for name in "qkvo":
+            w = np.asarray(layer["attention"][name])
+            tensors[at + f"self_attn.{name}_proj.weight"] = w.T
+        moe = at + "block_sparse_moe."
+        tensors[moe + "gate.weight"] = np.asarray(layer["moe"]["router"]).T
+        for ours, theirs in (("gate", "w1"), ("down", "w2"), ("up", "w3")):
+            for n, w in enumerate(np.asarray(layer["moe"]["experts"][ours])):
+                tensors[moe + f"experts.{n}.{theirs}.weight"] = w.T
+    save_file(
+        {name: np.ascontiguousarray(np.asarray(w).astype(dtype)) for name, w in tensors.items()},
+        directory / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    values = config.to_dict()
+    rope = {k: v for k, v in values.pop("rope").items() if v not in (None, ())}
+    values |= {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "hidden_act": "silu",
+        "rope_parameters": rope,
+        "dtype": np.dtype(dtype).name,
+    }
+    (directory / "config.json").write_text(json.dumps(values, indent=2))

@@ -89,8 +89,10 @@ def allocate(
     layers, experts = stats.frequency.shape
     low, high = feasible_budgets(stats.bits, experts, scope)
     # Rounding of sums like 2.1 * 8 must not cost a bit.
-    per_layer, total = (math.floor(budget * n + 1e-9) if math.isfinite(budget) else -1
-                        for n in (experts, layers * experts))
+    per_layer, total = (
+        math.floor(budget * n + 1e-9) if math.isfinite(budget) else -1
+        for n in (experts, layers * experts)
+    )
     if not low - 1e-9 <= budget <= high + 1e-9:
         raise ValueError(
             f"budget {budget} is not feasible: {experts} experts with widths {stats.bits} and "
@@ -151,7 +153,7 @@ def _solve(cost: np.ndarray, bits: tuple[int, ...], total: int, rows: bool) -> n
         ) * 1e7 + tie
         problem.solve(
             solver=cp.HIGHS,
-            highs_options={"mip_rel_gap": 0.0, "mip_abs_gap": 0.0, "random_seed": 0},
+            highs_options={"output_flag": False, "mip_rel_gap": 0.0, "mip_abs_gap": 0.0},
         )
         if problem.status != cp.OPTIMAL or x.value is None:
             raise ValueError(f"no allocation of {total} bits to {n} experts: {problem.status}")

@@ -83,7 +83,7 @@ def perplexity(
     batch_tokens: int = 4096,
     progress: Callable = lambda items: items,
 ) -> float:
-    """exp of the mean negative log-likelihood over all windows.
+    """Exp of the mean negative log-likelihood over all windows.
 
     Args:
       apply: a Flax module's apply, from ({"params": params}, tokens [B, T]) to logits.

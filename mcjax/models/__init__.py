@@ -1,8 +1,8 @@
 """Flax modules.
 
-  config   sizes, from Hugging Face's config.json
-  rope     rotary positions and their stretchings
-  mixtral  the language model, dense or on planes
+config   sizes, from Hugging Face's config.json
+rope     rotary positions and their stretchings
+mixtral  the language model, dense or on planes
 """
 
 from mcjax.models.config import MixtralConfig, RopeConfig

@@ -69,13 +69,17 @@ class MixtralConfig:
                 f"{self.num_key_value_heads} key-value heads"
             )
         if self.head_dim % 2:
-            raise ValueError(f"config: head_dim must be even for rotary embeddings: {self.head_dim}")
+            raise ValueError(
+                f"config: head_dim must be even for rotary embeddings: {self.head_dim}"
+            )
         if self.num_experts_per_tok > self.num_local_experts:
             raise ValueError(
                 f"config: {self.num_experts_per_tok} experts per token of {self.num_local_experts}"
             )
         if self.rope.rope_type not in ROPE_TYPES:
-            raise ValueError(f"config: unknown rope type {self.rope.rope_type!r}; one of {ROPE_TYPES}")
+            raise ValueError(
+                f"config: unknown rope type {self.rope.rope_type!r}; one of {ROPE_TYPES}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` reads them back."""

@@ -55,7 +55,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-        """x [B, T, D] and positions int [B or 1, T] to [B, T, D]."""
+        """X [B, T, D] and positions int [B or 1, T] to [B, T, D]."""
         c = self.config
         batch, length, _ = x.shape
         heads, kv_heads, head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
@@ -133,7 +133,7 @@ class MoE(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [B, T, D] to the weighted sum of each token's experts, [B, T, D]."""
+        """X [B, T, D] to the weighted sum of each token's experts, [B, T, D]."""
         c = self.config
         self.sow("calibration", "moe_input", x)
         router = self.param(
@@ -173,7 +173,7 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-        """x [B, T, D] and positions int [B or 1, T] to [B, T, D]."""
+        """X [B, T, D] and positions int [B or 1, T] to [B, T, D]."""
         c = self.config
         h = RMSNorm(c.rms_norm_eps, name="attention_norm")(x)
         x = x + Attention(c, self.attention_bits, self.group_size, name="attention")(h, positions)
@@ -208,9 +208,7 @@ class Mixtral(nn.Module):
         x = RMSNorm(c.rms_norm_eps, name="norm")(x)
         if c.tie_word_embeddings:
             return x @ embedding.T.astype(x.dtype)
-        head = self.param(
-            "head", nn.initializers.lecun_normal(), (c.hidden_size, c.vocab_size)
-        )
+        head = self.param("head", nn.initializers.lecun_normal(), (c.hidden_size, c.vocab_size))
         return x @ head.astype(x.dtype)
 
 
@@ -231,6 +229,4 @@ def weight(module: nn.Module, name: str, shape, widths, group_size):
     if isinstance(widths, int):
         return module.param(name, lambda key: bitplane.empty(shape, widths, group_size))
     every = tuple(sorted(set(widths)))
-    return module.param(
-        name, lambda key: bitplane.empty(shape, every, group_size).slice(widths)
-    )
+    return module.param(name, lambda key: bitplane.empty(shape, every, group_size).slice(widths))

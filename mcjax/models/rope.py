@@ -71,7 +71,9 @@ def _yarn(config: MixtralConfig, frequencies: np.ndarray) -> tuple[np.ndarray, f
     original = rope.original_max_position_embeddings
 
     def correction(rotations):
-        return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(rope.rope_theta))
+        return (
+            dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(rope.rope_theta))
+        )
 
     low, high = correction(rope.beta_fast), correction(rope.beta_slow)
     if rope.truncate:

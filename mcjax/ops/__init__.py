@@ -1,8 +1,8 @@
 """Products of activations with weights.
 
-  dot       `dot` and `expert_dot`, over dense or plane weights
-  grouped   rows sorted by expert, so that each is computed once
-  popcount  int8 activations against planes, by counting bits
+dot       `dot` and `expert_dot`, over dense or plane weights
+grouped   rows sorted by expert, so that each is computed once
+popcount  int8 activations against planes, by counting bits
 """
 
 from mcjax.ops.dot import dense, dot, expert_dot

@@ -17,7 +17,7 @@ def quantize_activations(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def popcount_dot(x: jax.Array, planes: BitPlanes) -> jax.Array:
-    """x [..., d_in] times planes [d_in, d_out] with x rounded to int8 by rows.
+    """X [..., d_in] times planes [d_in, d_out] with x rounded to int8 by rows.
 
     With q planes of x (c_q = 2^q, c_7 = -128) and S_g the sum of x over group g:
 

@@ -149,7 +149,7 @@ def descend(w, gram, codes, tables, widths, lambdas, group_size, sweeps):
     Returns:
       Codes and tables like those given, with an objective that is no larger.
     """
-    d_in, d_out = w.shape
+    d_in = w.shape[0]
     bits = widths[-1]
 
     def one_group(state, g):
@@ -264,7 +264,9 @@ def _first_table(width, w, diagonal):
     peak = jnp.max(jnp.abs(w - mean), axis=0)
 
     def clipped(fraction):
-        table = _stored((2 * jnp.maximum(fraction * peak, floor) / (2**width - 1))[None], mean, width)
+        table = _stored(
+            (2 * jnp.maximum(fraction * peak, floor) / (2**width - 1))[None], mean, width
+        )
         alpha, offset = _decode(table, width)
         half_span, delta = jnp.sum(alpha, axis=0), 2 * alpha[-1]
         level = jnp.round((w - offset + half_span) / jnp.where(delta > 0, delta, 1))
@@ -308,10 +310,8 @@ def _refit(table, width, signs, pull, gram):
     if tables_lib.has_offset(width):
         design = jnp.concatenate([design, jnp.ones_like(signs[:1])])
         old = jnp.concatenate([old, offset[None]])
-    if gram.ndim == 1:
-        weighted = gram[:, None] * design
-    else:
-        weighted = jnp.einsum("ij,rjo->rio", gram, design)
+    full = jnp.diag(gram) if gram.ndim == 1 else gram
+    weighted = jnp.einsum("ij,rjo->rio", full, design)
     a = jnp.einsum("rio,sio->rso", design, weighted)
     ridge = 1e-6 * jnp.einsum("rro->o", a) + 1e-30
     a = a + ridge * jnp.eye(rows)[:, :, None]

@@ -1,0 +1,56 @@
+"""A small random Mixtral folder, its artifact, and strict promotion for every test."""
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from mcjax.compress import compress
+from mcjax.convert import write_hugging_face
+from mcjax.models import Mixtral, MixtralConfig
+
+CONFIG = MixtralConfig(
+    vocab_size=300,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    num_local_experts=4,
+    num_experts_per_tok=2,
+    max_position_embeddings=64,
+)
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory):
+    """A text of some thousand words."""
+    words = "the quick brown fox jumps over a lazy dog while seven wizards brew strong ale".split()
+    rng = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(" ".join(rng.choice(words, 6000)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory, text_file):
+    """A random Mixtral in Hugging Face form with a byte-level tokenizer."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    folder = tmp_path_factory.mktemp("model")
+    params = Mixtral(CONFIG).init(jax.random.key(0), np.zeros((1, 4), int))["params"]
+    params["layer_1"]["moe"]["router"] = params["layer_1"]["moe"]["router"].at[:, 3].add(-50.0)
+    write_hugging_face(folder, CONFIG, params, ml_dtypes.bfloat16)
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train([str(text_file)], vocab_size=300, show_progress=False)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def artifact(tmp_path_factory, model_folder, text_file):
+    """The folder compressed to three planes."""
+    out = tmp_path_factory.mktemp("artifact") / "small.mcjax"
+    compress(model_folder, out, text_file, max_bits=3, group_size=32, samples=16, seq_len=64)
+    return out
