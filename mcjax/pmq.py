@@ -65,6 +65,8 @@ def allocate(
     alpha: float = 1.0,
     beta: float = 1.5,
     gamma: float = 1.0,
+    *,
+    published_rows: bool = True,
 ) -> np.ndarray:
     """Chooses each expert's width by mixed-integer programming (cvxpy with HiGHS).
 
@@ -77,6 +79,7 @@ def allocate(
       alpha: exponent of the frequency.
       beta: exponent of the routing weight.
       gamma: exponent of the error; the released code's 1, the paper's text has 2.
+      published_rows: ask for an expert at 3 bits and one at 2 where the released code does.
 
     Returns:
       int array [L, E].
@@ -87,23 +90,20 @@ def allocate(
     if scope not in SCOPES:
         raise ValueError(f"scope must be one of {SCOPES}, got {scope!r}")
     layers, experts = stats.frequency.shape
-    low, high = feasible_budgets(stats.bits, experts, scope)
-    # Rounding of sums like 2.1 * 8 must not cost a bit.
-    per_layer, total = (
-        math.floor(budget * n + 1e-9) if math.isfinite(budget) else -1
-        for n in (experts, layers * experts)
-    )
+    rows = published_rows and _has_rows(stats.bits, experts, scope)
+    low, high = feasible_budgets(stats.bits, experts, rows)
     if not low - 1e-9 <= budget <= high + 1e-9:
         raise ValueError(
             f"budget {budget} is not feasible: {experts} experts with widths {stats.bits} and "
             f'scope "{scope}" allow {low:g} to {high:g} bits on average'
         )
+    # Rounding of products like 2.1 * 8 must not cost a bit.
+    per_layer, total = (math.floor(budget * n + 1e-9) for n in (experts, layers * experts))
     cost = costs(stats, alpha, beta, gamma)
     if scope == "model":
         return _solve(cost.reshape(1, -1, len(stats.bits)), stats.bits, total, rows=False).reshape(
             layers, experts
         )
-    rows = _has_rows(stats.bits, experts, scope)
     return _solve(cost, stats.bits, per_layer, rows=rows)
 
 
@@ -120,9 +120,9 @@ def costs(
     return use[..., None] * stats.error**gamma
 
 
-def feasible_budgets(bits: tuple[int, ...], experts: int, scope: str) -> tuple[float, float]:
-    """The least and greatest average that `allocate` can meet."""
-    if _has_rows(bits, experts, scope):
+def feasible_budgets(bits: tuple[int, ...], experts: int, rows: bool) -> tuple[float, float]:
+    """The least and greatest average that can be met, with the published rows or without."""
+    if rows:
         return (experts - 2 + 2 + 3) / experts, (3 * (experts - 1) + 2) / experts
     return float(bits[0]), float(bits[-1])
 

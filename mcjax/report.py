@@ -52,9 +52,7 @@ def describe(path: str | Path, budget: float | None = None) -> dict[str, Any]:
         "expert_bytes": {
             k: expert_bytes(manifest, np.full((layers, experts), k)) for k in stats.bits
         },
-        "feasible_budgets": list(
-            pmq.feasible_budgets(stats.bits, experts, serving.ALLOCATION["scope"])
-        ),
+        "feasible_budgets": list(pmq.feasible_budgets(stats.bits, experts, rows=False)),
         "rare_experts": coverage(manifest),
         "use": (stats.frequency / np.where(total > 0, total, 1)).tolist(),
         "budget": budget,

@@ -17,7 +17,13 @@ from mcjax import checkpoint, pmq
 from mcjax.models.config import MixtralConfig
 from mcjax.models.mixtral import Mixtral, PlaneSpec
 
-ALLOCATION: dict[str, Any] = {"scope": "layer", "alpha": 0.0, "beta": 0.0, "gamma": 1.0}
+ALLOCATION: dict[str, Any] = {
+    "scope": "layer",
+    "alpha": 0.0,
+    "beta": 0.0,
+    "gamma": 1.0,
+    "published_rows": False,
+}
 """How `load` shares a budget out: by error alone. The measured error already weighs every token by
 its routing weight, so PMQ's frequency and weight would count twice; leaving them out measured
 better at every budget, see benchmarks/README.md (ours)."""

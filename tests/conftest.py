@@ -11,8 +11,8 @@ from mcjax.models import Mixtral, MixtralConfig
 
 CONFIG = MixtralConfig(
     vocab_size=300,
-    hidden_size=64,
-    intermediate_size=96,
+    hidden_size=96,
+    intermediate_size=256,
     num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,

@@ -100,6 +100,9 @@ def _check_values(name, value, limit):
     """Refuses NaN, infinity and values out of range, where the array is concrete."""
     if isinstance(value, jax.core.Tracer):
         return
-    peak = float(jnp.max(jnp.abs(value))) if value.size else 0.0
-    if not np.isfinite(peak) or peak > limit:
-        raise ValueError(f"{name} has a magnitude of {peak}; finite values up to {limit} expected")
+    finite = jnp.isfinite(value)
+    if not finite.all():
+        raise ValueError(f"{name} holds {int((~finite).sum())} NaN or infinite values")
+    peak = float(jnp.max(jnp.abs(value), initial=0))
+    if peak > limit:
+        raise ValueError(f"{name} has a magnitude of {peak}, the most that fits is {limit}")

@@ -1,0 +1,85 @@
+"""Products with planes against the dequantised product."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mcjax
+from mcjax.ops.popcount import quantize_activations
+
+RNG = np.random.default_rng(0)
+
+
+def weights(*shape):
+    return jnp.asarray(RNG.normal(size=shape), jnp.float32)
+
+
+@pytest.mark.parametrize("act_bits", [None, 8])
+@pytest.mark.parametrize("bits", [1, 3, 4, 8])
+@pytest.mark.parametrize("d_in", [64, 144])
+def test_dot(act_bits, bits, d_in):
+    planes, x = mcjax.quantize(weights(d_in, 6), bits=bits).slice(bits), weights(2, 3, d_in)
+    exact = x
+    if act_bits == 8:
+        rounded, scale = quantize_activations(x)
+        exact = rounded * scale
+        assert np.abs(rounded).max() == 127
+    expected = np.asarray(exact, np.float64) @ np.asarray(planes.dequantize(), np.float64)
+    got = mcjax.dot(x, planes, act_bits=act_bits)
+    assert got.shape == (2, 3, 6) and got.dtype == x.dtype
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=2e-5 * np.abs(expected).max())
+    jitted = jax.jit(lambda x, p: mcjax.dot(x, p, act_bits=act_bits))(x, planes)
+    np.testing.assert_allclose(jitted, got, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("act_bits", [None, 8])
+@pytest.mark.parametrize("allocation", [None, 2, (3, 1, 2, 1)])
+def test_expert_dot(act_bits, allocation):
+    planes = mcjax.quantize(weights(4, 64, 6), bits=3)
+    planes = planes if allocation is None else planes.slice(allocation)
+    x, index = weights(10, 64), jnp.asarray(RNG.integers(0, 4, (10, 2)))
+    keep = jnp.asarray(RNG.random((10, 2)) < 0.7)
+    rows = x
+    if act_bits == 8:
+        rounded, scale = quantize_activations(x)
+        rows = rounded * scale
+    dense = planes.dequantize()
+    expected = jnp.einsum("ti,tkio->tko", rows, dense[index]) * keep[..., None]
+    got = mcjax.expert_dot(x, planes, index, keep, act_bits)
+    np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-4)
+    assert (np.asarray(got)[~np.asarray(keep)] == 0).all()
+    jitted = jax.jit(mcjax.expert_dot, static_argnames="act_bits")(
+        x, planes, index, keep, act_bits=act_bits
+    )
+    np.testing.assert_allclose(jitted, got, rtol=1e-4, atol=1e-4)
+
+
+def test_expert_dot_crosses_block_borders():
+    planes = mcjax.quantize(weights(3, 32, 4), bits=2)
+    x = weights(500, 32)
+    index = jnp.asarray(RNG.choice(3, (500, 1), p=[0.9, 0.0, 0.1]))
+    expected = jnp.einsum("ti,tkio->tko", x, planes.dequantize()[index])
+    np.testing.assert_allclose(mcjax.expert_dot(x, planes, index), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_gradient_with_respect_to_x():
+    planes = mcjax.quantize(weights(3, 32, 4), bits=2)
+    x, index = weights(5, 32), jnp.asarray(RNG.integers(0, 3, (5, 2)))
+    got = jax.grad(lambda x: jnp.sum(jnp.sin(mcjax.expert_dot(x, planes, index))))(x)
+    dense = planes.dequantize()
+    expected = jax.grad(lambda x: jnp.sum(jnp.sin(jnp.einsum("ti,tkio->tko", x, dense[index]))))(x)
+    np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_bad_shapes():
+    planes = mcjax.quantize(weights(64, 6), bits=2)
+    with pytest.raises(ValueError, match="does not multiply"):
+        mcjax.dot(weights(3, 63), planes)
+    with pytest.raises(ValueError, match="act_bits"):
+        mcjax.dot(weights(3, 64), planes, act_bits=4)
+    with pytest.raises(ValueError, match="does not multiply"):
+        mcjax.expert_dot(weights(3, 64), planes, jnp.zeros((3, 2), int))
+    experts = mcjax.quantize(weights(2, 64, 6), bits=2)
+    with pytest.raises(ValueError, match="must be"):
+        mcjax.expert_dot(weights(3, 64), experts, jnp.zeros((4, 2), int))
