@@ -23,7 +23,7 @@ def quantize(
     *,
     widths: Sequence[int] | None = None,
     weights: Sequence[float] | None = None,
-    damping: float = 0.01,
+    damping: float = 0.03,
     sweeps: int = 6,
 ) -> BitPlanes:
     """Quantises a weight once, for every width up to `bits`.
@@ -36,7 +36,7 @@ def quantize(
       gram: float [..., d_in, d_in], sums of x x' over calibration inputs x; None minimises the
         plain squared error of the weights.
       widths: widths that get a table, ascending up to `bits`; by default 1..bits.
-      weights: lambda_k, how much each width's error counts; by default 3**(k - 1).
+      weights: lambda_k, how much each width's error counts; by default 4**(k - 1).
       damping: fraction of the Gram matrix's mean diagonal added to its diagonal.
       sweeps: rounds of coordinate descent after the GPTQ pass.
 
@@ -51,7 +51,7 @@ def quantize(
     widths = tuple(range(1, bits + 1)) if widths is None else tuple(int(k) for k in widths)
     if not widths or widths[-1] != bits or sorted(set(widths)) != list(widths) or widths[0] < 1:
         raise ValueError(f"widths must ascend from at least 1 to bits={bits}, got {widths}")
-    weights = tuple(3.0 ** (k - 1) for k in widths) if weights is None else tuple(weights)
+    weights = tuple(4.0 ** (k - 1) for k in widths) if weights is None else tuple(weights)
     if len(weights) != len(widths) or min(weights) <= 0:
         raise ValueError(f"weights must be {len(widths)} positive numbers, got {weights}")
     if w.ndim < 2 or not jnp.issubdtype(w.dtype, jnp.floating):
