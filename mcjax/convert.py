@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
+import ml_dtypes
 import numpy as np
 
 from mcjax.models.config import MixtralConfig

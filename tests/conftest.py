@@ -26,7 +26,7 @@ CONFIG = MixtralConfig(
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory):
     """A text of some thousand words."""
-    words = "the quick brown fox jumps over a lazy dog while seven wizards brew strong ale".split()
+    words = [f"{a}{b}" for a in ("ba", "ko", "li", "su") for b in ("n", "rt", "me", "")]
     rng = np.random.default_rng(0)
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(" ".join(rng.choice(words, 6000)))

@@ -14,16 +14,15 @@ from mcjax.convert import HuggingFaceFolder, write_hugging_face
 from mcjax.models import Mixtral, MixtralConfig
 
 FIXTURES = sorted((Path(__file__).parent / "fixtures").glob("mixtral_*.npz"))
-STORED = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
 
 def unpack(fixture, folder):
     """Writes a fixture as a Hugging Face folder; returns its tokens and logits."""
     data = dict(np.load(fixture))
-    config, dtype = str(data.pop("__config__")), str(data.pop("__dtype__"))
-    tokens, logits = data.pop("__tokens__"), data.pop("__logits__")
-    if dtype in STORED:
-        data = {k: v.view(STORED[dtype]) for k, v in data.items()}
+    config, bfloat16 = str(data.pop("config")), bool(data.pop("bfloat16"))
+    tokens, logits = data.pop("tokens"), data.pop("logits")
+    if bfloat16:
+        data = {k: v.view(ml_dtypes.bfloat16) for k, v in data.items()}
     (folder / "config.json").write_text(config)
     save_file(data, folder / "model.safetensors")
     return tokens, logits

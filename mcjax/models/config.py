@@ -22,7 +22,7 @@ class RopeConfig:
     rope_theta: float = 10000.0
     rope_type: str = "default"
     factor: float = 1.0
-    original_max_position_embeddings: int | None = None
+    original_max_position_embeddings: int = 0
     attention_factor: float | None = None
     mscale: float | None = None
     mscale_all_dim: float | None = None
@@ -88,7 +88,9 @@ class MixtralConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MixtralConfig:
         """Rebuilds what `to_dict` wrote."""
-        rope = {k: tuple(v) if isinstance(v, list) else v for k, v in values["rope"].items()}
+        rope: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in values["rope"].items()
+        }
         return cls(**{**values, "rope": RopeConfig(**rope)})
 
     @classmethod
@@ -139,17 +141,13 @@ def _rope(values: Mapping[str, Any]) -> RopeConfig:
     known["rope_theta"] = float(theta)
     for name in ("short_factor", "long_factor"):
         known[name] = tuple(float(v) for v in known.get(name, ()))
-    original = known.get("original_max_position_embeddings")
-    if known["rope_type"] == "longrope":
-        # transformers lets the top-level field win, and derives the factor from it.
+    if known["rope_type"] in ("yarn", "llama3", "longrope"):
+        longest = values["max_position_embeddings"]
+        original = known.get("original_max_position_embeddings") or longest
+        # transformers lets the field outside the rope parameters win.
         original = values.get("original_max_position_embeddings") or original
-        if original:
-            known["factor"] = values["max_position_embeddings"] / original
-    if known["rope_type"] in ("yarn", "llama3", "longrope") and not original:
-        original = values["max_position_embeddings"]
-    known["original_max_position_embeddings"] = original
-    if known["rope_type"] == "yarn" and "factor" not in known and original:
-        known["factor"] = values["max_position_embeddings"] / original
+        known["original_max_position_embeddings"] = original
+        known.setdefault("factor", longest / original)
     if not math.isfinite(known["rope_theta"]) or known["rope_theta"] <= 0:
         raise ValueError(f"config: rope_theta must be positive, got {theta!r}")
     return RopeConfig(**known)

@@ -319,7 +319,8 @@ def _refit(table, width, signs, pull, gram):
     inverse = _inverse(a)
     best = old + jnp.einsum("rso,so->ro", inverse, g)
 
-    codes, new = [], []
+    codes: list[jax.Array] = []
+    new: list[jax.Array] = []
     for p in range(rows):
         if p < basis.shape[0]:
             code, value = tables_lib.round_step(best[p])
