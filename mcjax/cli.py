@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     arguments = _parser().parse_args(argv)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    logging.disable(logging.WARNING)
+    # Orbax logs, and its threads print, what it then raises to us as well.
+    logging.disable(logging.CRITICAL)
+    threading.excepthook = lambda _: None
     try:
         arguments.run(arguments)
     except (ValueError, TypeError, OSError) as error:
@@ -99,8 +101,8 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser(
         "info",
         help="what an artifact holds, and the allocation at a budget",
-        description="Describes an artifact: sizes, widths, experts that calibration hardly reached, "
-        "and how a budget is shared out.",
+        description="Describes an artifact: sizes, widths, experts that calibration hardly "
+        "reached, and how a budget is shared out.",
     )
     info.add_argument("out", metavar="OUT", help="an artifact")
     info.add_argument("--budget", type=float, help="average bits per expert weight")
@@ -116,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser(
         "eval",
         help="perplexity of a model or an artifact at any budget",
-        description="Perplexity on a text: tokenised whole, cut into consecutive windows of --seq-len.",
+        description="Perplexity on a text: tokenised whole, cut into windows of --seq-len.",
     )
     evaluate.add_argument("model", metavar="MODEL|OUT", help="Hugging Face folder, or artifact")
     evaluate.add_argument("--text", metavar="FILE", required=True, help="UTF-8 text")
@@ -155,12 +157,16 @@ def _compress(arguments: argparse.Namespace) -> None:
         seq_len=arguments.seq_len,
         resume=arguments.resume,
         progress=_progress,
-        report=lambda line: print(line, file=sys.stderr),
+    )
+    made_of = manifest["calibration"]
+    print(
+        f"calibrated on {made_of['windows']} windows of {made_of['window_tokens']} tokens",
+        file=sys.stderr,
     )
     for layer, expert, tokens in coverage(manifest):
         print(
             f"rare: expert {expert} of layer {layer} got {tokens} of "
-            f"{manifest['statistics']['tokens']} calibration tokens; quantised on its layer's inputs",
+            f"{manifest['statistics']['tokens']} calibration tokens; its layer's inputs stood in",
             file=sys.stderr,
         )
     print(
@@ -218,7 +224,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         return
     print(f"perplexity        {facts['perplexity']:.4f} on {facts['tokens']} tokens")
     print(
-        f"expert bits       {facts['average_bits']:.3f} average, {facts['effective_bits']:.3f} with tables"
+        f"expert bits       {facts['average_bits']:.3f} average, "
+        f"{facts['effective_bits']:.3f} with tables"
     )
     print(f"bytes read        {facts['bytes_read']} ({_size(facts['bytes_read'])})")
     print(f"tokens a second   {facts['tokens_per_second']:.0f}")
@@ -229,7 +236,14 @@ def _progress(items: Any, description: str = "") -> Any:
     from rich.console import Console
     from rich.progress import track
 
-    return track(items, description=description, console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    return track(
+        items,
+        description=description,
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
 
 
 def _size(count: int) -> str:

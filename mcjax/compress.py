@@ -43,7 +43,6 @@ def compress(
     resume: bool = False,
     batch_tokens: int = 4096,
     progress: Callable[..., Any] = lambda items, **_: items,
-    report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Compresses a Mixtral into one artifact that serves every width up to `max_bits`.
 
@@ -63,7 +62,6 @@ def compress(
         those finished if this one is interrupted.
       batch_tokens: about how many calibration tokens are computed at once.
       progress: wraps the iteration over layers, called with (items, description=...).
-      report: takes one line of information.
 
     Returns:
       The artifact's manifest.
@@ -83,13 +81,9 @@ def compress(
     config = folder.config
     for d_in in {config.hidden_size, config.intermediate_size, _o_features(config)}:
         resolve_group_size(d_in, group_size)
-    if seq_len > config.max_position_embeddings:
-        report(f"windows of {config.max_position_embeddings} tokens, all positions this model has")
-        seq_len = config.max_position_embeddings
+    seq_len = min(seq_len, config.max_position_embeddings)
     tokens = text.encode_file(folder.tokenizer_path, calibration, config.vocab_size)
     windows = text.windows(tokens, seq_len, "calibration text")
-    if len(windows) < samples:
-        report(f"the calibration text has {len(windows)} windows of {seq_len}, not {samples}")
     windows = text.spread(windows, samples)
 
     identity = {

@@ -17,7 +17,7 @@ CONFIG = MixtralConfig(
     num_attention_heads=4,
     num_key_value_heads=2,
     head_dim=16,
-    num_local_experts=4,
+    num_local_experts=5,
     num_experts_per_tok=2,
     max_position_embeddings=64,
 )
@@ -40,7 +40,9 @@ def model_folder(tmp_path_factory, text_file):
 
     folder = tmp_path_factory.mktemp("model")
     params = Mixtral(CONFIG).init(jax.random.key(0), np.zeros((1, 4), int))["params"]
-    params["layer_1"]["moe"]["router"] = params["layer_1"]["moe"]["router"].at[:, 3].add(-50.0)
+    # Two of the logits a, -a, b, -b are always positive, so expert 3 is never routed to.
+    a, b = params["layer_1"]["moe"]["router"][:, :2].T
+    params["layer_1"]["moe"]["router"] = np.stack([a, -a, b, 0 * a, -b], axis=1)
     write_hugging_face(folder, CONFIG, params, ml_dtypes.bfloat16)
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train([str(text_file)], vocab_size=300, show_progress=False)

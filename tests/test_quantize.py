@@ -123,7 +123,9 @@ def test_close_to_the_brute_force_optimum_at_one_bit():
 def test_one_code_beats_dedicated_gptq_at_low_widths():
     w, x = problem(256, 64)
     gram = x.T @ x
-    planes = mcjax.quantize(w, bits=3, group_size=64, gram=gram)
+    planes = mcjax.quantize(
+        w, bits=3, group_size=64, gram=gram, weights=(1.0, 3.0, 9.0), damping=0.01
+    )
     dedicated = [error(w, x, gptq(w, condition(gram), bits=k, group_size=64)) for k in (1, 2, 3)]
     nested_error = [error(w, x, planes.slice(k).dequantize()) for k in (1, 2, 3)]
     assert all(a < b for a, b in zip(nested_error, dedicated, strict=True)), nested_error

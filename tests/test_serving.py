@@ -49,7 +49,7 @@ def test_effective_bits_count_the_tables(artifact):
     model = mcjax.load(artifact, bits=2)
     assert model.average_bits == 2
     assert model.effective_bits == 2 + 24 / 32
-    weights = 2 * 4 * 3 * 96 * 256
+    weights = 2 * 5 * 3 * 96 * 256
     assert model.expert_bytes_read == weights * model.effective_bits / 8
 
 
