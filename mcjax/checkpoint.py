@@ -12,6 +12,8 @@ checked against a CRC-32 in the manifest, and the manifest against its own.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import zlib
 from collections.abc import Iterable, Mapping
@@ -58,7 +60,8 @@ def save_tree(directory: Path, tree: Mapping[str, Any], chunked: Iterable[str]) 
             else ocp.SaveArgs()
         )
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        # When a write fails, TensorStore's other threads print tracebacks of a closed event loop.
+        with contextlib.redirect_stderr(io.StringIO()), ocp.PyTreeCheckpointer() as checkpointer:
             checkpointer.save(directory.absolute(), leaves, save_args=arguments)
     except Exception as error:  # Orbax and TensorStore raise many kinds for one cause
         raise OSError(f"cannot write {directory}: {_first_line(error)}") from error
@@ -185,6 +188,19 @@ class ArtifactReader:
         if not hasattr(self, "_shared_context"):
             self._shared_context = ts.Context({"cache_pool": {"total_bytes_limit": 1 << 26}})
         return self._shared_context
+
+
+def verify(reader: ArtifactReader) -> int:
+    """Reads every chunk of an artifact against its checksum; returns the uncompressed bytes.
+
+    Raises:
+      ValueError: naming the first chunk that is damaged.
+    """
+    for checkpoint, leaves in reader.manifest["checksums"].items():
+        for leaf, sums in leaves.items():
+            split = leaf.startswith("moe.experts.")
+            reader.read((checkpoint, leaf, row if split else None) for row in range(len(sums)))
+    return reader.bytes_read
 
 
 def read_rest(reader: ArtifactReader) -> dict[str, Any]:

@@ -48,7 +48,8 @@ def program() -> None:
     sys.stdout = os.fdopen(results, "w")
     status = main()
     sys.stdout.flush()
-    sys.exit(status)
+    sys.stderr.flush()
+    os._exit(status)  # threads of a failed write would print on the way out
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -111,6 +112,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE.png",
         help="draw the allocation (layers x experts), and "
         "perplexity against bytes where `mcjax eval` has measured it",
+    )
+    info.add_argument(
+        "--verify", action="store_true", help="read every byte and check it against its checksum"
     )
     info.add_argument("--json", action="store_true", help="end with one JSON object")
     info.set_defaults(run=_info)
@@ -176,9 +180,13 @@ def _compress(arguments: argparse.Namespace) -> None:
 
 
 def _info(arguments: argparse.Namespace) -> None:
+    from mcjax.checkpoint import ArtifactReader, verify
     from mcjax.report import describe, plot
 
     facts = describe(arguments.out, arguments.budget)
+    if arguments.verify:
+        checked = verify(ArtifactReader(arguments.out))
+        print(f"all {_size(checked)} match their checksums", file=sys.stderr)
     if arguments.plot:
         plot(facts, arguments.plot)
     if arguments.json:
