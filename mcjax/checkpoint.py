@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import time
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -59,12 +60,14 @@ def save_tree(directory: Path, tree: Mapping[str, Any], chunked: Iterable[str]) 
             if split
             else ocp.SaveArgs()
         )
-    try:
-        # When a write fails, TensorStore's other threads print tracebacks of a closed event loop.
-        with contextlib.redirect_stderr(io.StringIO()), ocp.PyTreeCheckpointer() as checkpointer:
-            checkpointer.save(directory.absolute(), leaves, save_args=arguments)
-    except Exception as error:  # Orbax and TensorStore raise many kinds for one cause
-        raise OSError(f"cannot write {directory}: {_first_line(error)}") from error
+    with contextlib.redirect_stderr(io.StringIO()):
+        try:
+            with ocp.PyTreeCheckpointer() as checkpointer:
+                checkpointer.save(directory.absolute(), leaves, save_args=arguments)
+        except Exception as error:  # Orbax and TensorStore raise many kinds for one cause
+            # Writes still under way end after Orbax's event loop, each printing a traceback.
+            time.sleep(0.5)
+            raise OSError(f"cannot write {directory}: {_first_line(error)}") from error
     return checksums
 
 
