@@ -91,17 +91,17 @@ def main():
     windows = text.windows(read(text_path=arguments.text), arguments.seq_len)
     dense = Mixtral(folder.config)
     out = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
-    out["16 bit"] = text.perplexity(dense.apply, folder.read(np.float32), windows)
+    out["16 bit"] = text.perplexity(dense, folder.read(np.float32), windows)[0]
 
     def served(**precision):
         model = mcjax.load(arguments.artifact, **precision)
-        value = text.perplexity(model.module.apply, model.params, windows)
+        value = text.perplexity(model.module, model.params, windows)[0]
         return {"perplexity": value, "effective_bits": model.effective_bits}
 
     stats = serving.statistics(manifest)
     for bits in stats.bits:
         params = dedicated(folder, calibration, bits, manifest["group_size"])
-        out[f"dedicated GPTQ {bits}"] = text.perplexity(dense.apply, params, windows)
+        out[f"dedicated GPTQ {bits}"] = text.perplexity(dense, params, windows)[0]
         out[f"nested {bits}"] = served(bits=bits)
         print(json.dumps(out), flush=True)
     published = pmq.ExpertStatistics(

@@ -2,13 +2,24 @@
 
 Quantise once with `quantize` (one weight) or `mcjax compress` (a model); then `BitPlanes.slice`,
 `load(path, budget=...)` and `Model.refine` serve any precision of the same bits. `dot` and
-`expert_dot` multiply with planes, `pmq` shares a budget out among experts.
+`expert_dot` multiply with planes, `pmq` shares a budget out among experts,
+`odp` skips experts while serving.
 """
 
-from mcjax import pmq
+from mcjax import odp, pmq
 from mcjax.bitplane import BitPlanes, MixedPlanes
 from mcjax.ops import dot, expert_dot
 from mcjax.quantize import quantize
 from mcjax.serving import Model, load
 
-__all__ = ["BitPlanes", "MixedPlanes", "Model", "dot", "expert_dot", "load", "pmq", "quantize"]
+__all__ = [
+    "BitPlanes",
+    "MixedPlanes",
+    "Model",
+    "dot",
+    "expert_dot",
+    "load",
+    "odp",
+    "pmq",
+    "quantize",
+]

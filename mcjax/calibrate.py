@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from mcjax import odp
 from mcjax.bitplane import BitPlanes
 from mcjax.models.config import MixtralConfig
-from mcjax.models.mixtral import Layer, route
+from mcjax.models.mixtral import Layer, route, router_logits
 
 
 class LayerGrams(NamedTuple):
@@ -62,7 +65,7 @@ def capture(layer: Layer, params: Any, x: jax.Array) -> tuple[jax.Array, dict[st
       `moe_input` [B, T, D].
     """
     positions = jnp.arange(x.shape[1])[None]
-    y, seen = layer.apply({"params": params}, x, positions, mutable=["calibration"])
+    (y, _), seen = layer.apply({"params": params}, x, positions, mutable=["calibration"])
     seen = seen["calibration"]
     return y, {
         "attention_input": seen["attention"]["attention_input"][0],
@@ -108,7 +111,7 @@ def accumulate(
 
 def combine_weights(tokens: jax.Array, router: jax.Array, config: MixtralConfig) -> jax.Array:
     """Routing weights [N, E] of tokens [N, D], zero where an expert is not routed to."""
-    weights, index = route(tokens, router, config.num_experts_per_tok)
+    weights, index = route(router_logits(tokens, router), config.num_experts_per_tok)
     one_hot = jax.nn.one_hot(index, config.num_local_experts, dtype=jnp.float32)
     return jnp.sum(one_hot * weights[..., None], axis=1)
 
@@ -150,3 +153,41 @@ def expert_errors(
         return jnp.stack([error(k) for k in widths])
 
     return lax.map(one_expert, (moe["experts"], planes, weight.T))
+
+
+@partial(jax.jit, static_argnames=("config",))
+def lower_ranked(config: MixtralConfig, moe: Any, tokens: jax.Array) -> tuple[jax.Array, ...]:
+    """What pruning needs to know of the experts after each token's first.
+
+    Args:
+      config: for the routing.
+      moe: the block's dense parameters, `router` and `experts`.
+      tokens: the block's inputs [N, D].
+
+    Returns:
+      Ratios w_j / w_0 float32 [N, K - 1], sums [E, D] of ``w^2 f_e(x)`` and [E] of ``w^2``, over
+      the tokens that have e at rank 1 or lower; the sums are to be added over batches.
+    """
+    logits = router_logits(tokens, moe["router"])
+    weights, index = route(logits, config.num_experts_per_tok)
+    one_hot = jax.nn.one_hot(index[:, 1:], config.num_local_experts, dtype=jnp.float32)
+    share = jnp.sum(one_hot * weights[:, 1:, None], axis=1) ** 2
+
+    def one_expert(expert):
+        weight, share = expert
+        hidden = jax.nn.silu(tokens @ weight["gate"]) * (tokens @ weight["up"])
+        return (share @ hidden) @ weight["down"]
+
+    total = lax.map(one_expert, (moe["experts"], share.T))
+    return weights[:, 1:] / weights[:, :1], total, jnp.sum(share, axis=0)
+
+
+def pruning_statistics(config: MixtralConfig, moe: Any, batches: Iterable) -> odp.PruningStatistics:
+    """`mcjax.odp`'s statistics of one layer, from its block's inputs [N, D], batch by batch."""
+    ratios, totals, shares = zip(*(lower_ranked(config, moe, b) for b in batches), strict=True)
+    ratio = np.quantile(np.concatenate(ratios), odp.LEVELS, axis=0).T
+    total, share = sum(totals), sum(shares)
+    layer_mean = jnp.sum(total, axis=0) / jnp.maximum(jnp.sum(share), 1e-9)
+    mean = total / jnp.where(share > 0, share, 1)[:, None]
+    stand_in = jnp.where((share > 0)[:, None], mean, layer_mean)
+    return odp.PruningStatistics(jnp.asarray(ratio, jnp.float32), stand_in)

@@ -27,8 +27,9 @@ import numpy as np
 from mcjax.bitplane import BitPlanes, MixedPlanes
 from mcjax.convert import read_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+STAND_IN = "moe.stand_in"
 EXPERT_WEIGHTS = ("gate", "up", "down")
 
 
@@ -234,7 +235,7 @@ def read_layer(
     names = list(reader.manifest["checksums"][checkpoint])
     geometry = reader.manifest["geometry"]
     if loaded is None:
-        dense = [n for n in names if ".plane_" not in n and ".table_" not in n]
+        dense = [n for n in names if ".plane_" not in n and ".table_" not in n and n != STAND_IN]
         params = _read_dense(reader, checkpoint, dense)
         params["attention"] = {}
         for p in "qkvo":
@@ -267,6 +268,11 @@ def read_layer(
         },
     }
     return params
+
+
+def read_stand_in(reader: ArtifactReader, i: int) -> jax.Array:
+    """What `mcjax.odp` puts in place of layer i's skipped experts, [E, D]."""
+    return jax.numpy.asarray(reader.read([(f"layers/{i}", STAND_IN, None)])[0])
 
 
 def _read_experts(reader, checkpoint, leaf, allocation, geometry, held) -> MixedPlanes:

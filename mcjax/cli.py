@@ -15,6 +15,7 @@ from typing import Any
 EXAMPLES = """examples:
   mcjax compress Mixtral-8x7B-v0.1/ mixtral.mcjax --calibration c4.txt
   mcjax eval mixtral.mcjax --text wiki.txt --budget 2.05
+  mcjax generate mixtral.mcjax --prompt "Once upon a time" --budget 2.5 --odp
   mcjax info mixtral.mcjax --budget 2.05 --plot allocation.png
 """
 
@@ -131,13 +132,79 @@ def _parser() -> argparse.ArgumentParser:
         "--budget", type=float, help="average bits per expert weight, shared out by PMQ"
     )
     width.add_argument("--bits", type=int, help="one width for every expert")
+    _add_pruning(evaluate)
+    evaluate.add_argument(
+        "--calibration",
+        metavar="TEXT",
+        help="with --odp on a MODEL folder: text to choose its thresholds by",
+    )
     evaluate.add_argument(
         "--seq-len", type=int, default=512, help="tokens in a window (default 512)"
     )
     evaluate.add_argument("--max-tokens", type=int, help="use only the first tokens of the text")
     evaluate.add_argument("--json", action="store_true", help="end with one JSON object")
     evaluate.set_defaults(run=_evaluate)
+    generate = commands.add_parser(
+        "generate",
+        help="write text from a prompt, at any budget",
+        description="Continues a prompt, writing as it goes; several --prompt run as one batch.",
+    )
+    generate.add_argument("model", metavar="OUT|MODEL", help="an artifact, or Hugging Face folder")
+    generate.add_argument(
+        "--prompt", metavar="TEXT", required=True, action="append", help="repeat for a batch"
+    )
+    width = generate.add_mutually_exclusive_group()
+    width.add_argument("--budget", type=float, help="average bits per expert weight")
+    width.add_argument("--bits", type=int, help="one width for every expert")
+    _add_pruning(generate)
+    generate.add_argument("--max-new-tokens", type=int, default=128, help="(default 128)")
+    generate.add_argument(
+        "--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token"
+    )
+    generate.add_argument("--top-k", type=int, help="sample among the k likeliest tokens")
+    generate.add_argument(
+        "--top-p", type=float, help="sample among the likeliest tokens that hold this probability"
+    )
+    generate.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
+    generate.add_argument(
+        "--stop", metavar="TEXT", action="append", default=[], help="end before this text; repeat"
+    )
+    generate.add_argument("--json", action="store_true", help="end with one JSON object")
+    generate.set_defaults(run=_generate)
     return parser
+
+
+def _add_pruning(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--act-bits", type=int, choices=[8], help="round activations to int8 (artifacts only)"
+    )
+    command.add_argument(
+        "--odp", action="store_true", help="skip experts of small routing weight, token by token"
+    )
+    command.add_argument(
+        "--odp-policy",
+        choices=["mean", "paper"],
+        help="what stands in for a skipped expert: its mean output (default), or nothing, as "
+        "published",
+    )
+    command.add_argument(
+        "--odp-quantile",
+        type=float,
+        help="share of the experts after each token's first to skip (default 0.3)",
+    )
+
+
+def _pruning(arguments: argparse.Namespace) -> dict[str, Any]:
+    from mcjax.odp import QUANTILE
+
+    policy, quantile = arguments.odp_policy, arguments.odp_quantile
+    if not arguments.odp and not (policy is quantile is None):
+        raise ValueError("--odp-policy and --odp-quantile need --odp")
+    return {
+        "act_bits": arguments.act_bits,
+        "prune": (policy or "mean") if arguments.odp else None,
+        "quantile": QUANTILE if quantile is None else quantile,
+    }
 
 
 def _compress(arguments: argparse.Namespace) -> None:
@@ -223,9 +290,12 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         bits=arguments.bits,
         seq_len=arguments.seq_len,
         max_tokens=arguments.max_tokens,
+        calibration=arguments.calibration,
+        **_pruning(arguments),
         progress=_progress,
     )
-    if Path(arguments.model, "manifest.json").is_file():
+    plain = not arguments.odp and arguments.act_bits is None
+    if plain and Path(arguments.model, "manifest.json").is_file():
         record(arguments.model, Path(arguments.text).name, facts)
     if arguments.json:
         print(json.dumps(facts))
@@ -235,8 +305,40 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         f"expert bits       {facts['average_bits']:.3f} average, "
         f"{facts['effective_bits']:.3f} with tables"
     )
+    if arguments.odp:
+        print(f"experts skipped   {100 * facts['experts_pruned']:.1f} % of those routed to")
     print(f"bytes read        {facts['bytes_read']} ({_size(facts['bytes_read'])})")
     print(f"tokens a second   {facts['tokens_per_second']:.0f}")
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    from mcjax.generate import Sampling, generate_text
+
+    stream = len(arguments.prompt) == 1 and not arguments.json
+    if stream:
+        print(arguments.prompt[0], end="", flush=True)
+    facts = generate_text(
+        arguments.model,
+        arguments.prompt,
+        budget=arguments.budget,
+        bits=arguments.bits,
+        **_pruning(arguments),
+        max_new_tokens=arguments.max_new_tokens,
+        sampling=Sampling(
+            temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p
+        ),
+        seed=arguments.seed,
+        stop=arguments.stop,
+        write=(lambda text: print(text, end="", flush=True)) if stream else None,
+    )
+    if arguments.json:
+        print(json.dumps(facts))
+    elif stream:
+        print()
+    else:
+        for prompt, text in zip(arguments.prompt, facts["texts"], strict=True):
+            print(prompt + text)
+    print(f"{facts['tokens_per_second']:.1f} tokens a second", file=sys.stderr)
 
 
 def _progress(items: Any, description: str = "") -> Any:

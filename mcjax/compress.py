@@ -18,7 +18,7 @@ import numpy as np
 
 from mcjax import checkpoint, text
 from mcjax.bitplane import BitPlanes, resolve_group_size
-from mcjax.calibrate import accumulate, empty_grams, expert_errors
+from mcjax.calibrate import accumulate, empty_grams, expert_errors, pruning_statistics
 from mcjax.convert import HuggingFaceFolder, read_json
 from mcjax.models.mixtral import layer as layer_module
 from mcjax.quantize import quantize
@@ -164,7 +164,7 @@ def _run(folder, windows, directory, identity, batch_tokens, progress):
             "bits": records[0]["bits"],
             **{
                 name: [record[name] for record in records]
-                for name in ("frequency", "routing_weight", "error")
+                for name in ("frequency", "routing_weight", "error", "ratio")
             },
             "tokens": records[0]["tokens"],
         },
@@ -205,6 +205,7 @@ def _quantize_layer(layer, params, x, starts, batch, identity):
         for name in checkpoint.EXPERT_WEIGHTS
     }
     error = sum(expert_errors(config, params["moe"], experts, seen) for seen in moe_inputs)
+    pruning = pruning_statistics(config, params["moe"], moe_inputs)
     planes = {
         **{f"attention.{name}": p for name, p in attention.items()},
         **{f"moe.experts.{name}": p for name, p in experts.items()},
@@ -214,15 +215,17 @@ def _quantize_layer(layer, params, x, starts, batch, identity):
         "frequency": np.asarray(grams.frequency).tolist(),
         "routing_weight": np.asarray(grams.routing_weight).tolist(),
         "error": np.sqrt(np.asarray(error)).tolist(),
+        "ratio": np.asarray(pruning.ratio).tolist(),
         "tokens": int(grams.tokens),
         "geometry": {name: _geometry(p) for name, p in planes.items()},
     }
-    return record, {"attention": attention, "moe": {"experts": experts}}
+    stand_in = np.asarray(pruning.stand_in).astype(ml_dtypes.bfloat16)
+    return record, {"attention": attention, "moe": {"experts": experts, "stand_in": stand_in}}
 
 
 @partial(jax.jit, static_argnames="layer")
 def _forward(layer, params, x):
-    return layer.apply({"params": params}, x, jnp.arange(x.shape[1])[None])
+    return layer.apply({"params": params}, x, jnp.arange(x.shape[1])[None])[0]
 
 
 def _prepare(directory: Path, identity: dict[str, Any], resume: bool) -> None:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from mcjax import serving, text
+from mcjax import odp, serving, text
+from mcjax.calibrate import capture, pruning_statistics
 from mcjax.checkpoint import MANIFEST
 from mcjax.convert import HuggingFaceFolder
-from mcjax.models.mixtral import Mixtral
+from mcjax.models.config import MixtralConfig
+from mcjax.models.mixtral import Mixtral, layer
 
 
 def evaluate(
@@ -25,6 +29,10 @@ def evaluate(
     bits: int | None = None,
     seq_len: int = 512,
     max_tokens: int | None = None,
+    prune: str | None = None,
+    quantile: float = odp.QUANTILE,
+    calibration: str | Path | None = None,
+    act_bits: int | None = None,
     progress: Callable[..., Any] = lambda items, **_: items,
 ) -> dict[str, Any]:
     """Perplexity on a text file.
@@ -36,6 +44,10 @@ def evaluate(
       bits: one width for every expert, for an artifact.
       seq_len: tokens in a window.
       max_tokens: use only the first windows, up to so many tokens.
+      prune: the policy by which `mcjax.odp` skips experts, "mean" or "paper"; None skips none.
+      quantile: share of the lower-ranked experts that is skipped on calibration text.
+      calibration: a text file, for pruning in a Hugging Face folder; artifacts carry their own.
+      act_bits: 8 rounds activations to int8 before products with an artifact's planes.
       progress: wraps the iteration over batches, called with (items, description=...).
 
     Returns:
@@ -46,8 +58,14 @@ def evaluate(
       ValueError: for input that cannot be evaluated.
     """
     path = Path(path)
+    if calibration is not None and prune is None:
+        raise ValueError("--calibration is for pruning: give --odp too, or leave it out")
     if (path / MANIFEST).is_file():
-        model = serving.load(path, budget, bits=bits)
+        if calibration is not None:
+            raise ValueError(f"{path} carries its calibration; --calibration is for MODEL folders")
+        model = serving.load(
+            path, budget, bits=bits, act_bits=act_bits, prune=prune, quantile=quantile
+        )
         module, params = model.module, model.params
         tokenizer_path, config = path / "tokenizer.json", module.config
         facts = {
@@ -56,28 +74,58 @@ def evaluate(
             "bytes_read": model.bytes_read,
         }
     else:
-        if budget is not None or bits is not None:
+        if not (budget is bits is act_bits is None):
             raise ValueError(
-                f"{path} is not an artifact, so --budget and --bits do not apply; "
+                f"{path} is not an artifact, so --budget, --bits and --act-bits do not apply; "
                 "make one with `mcjax compress`"
             )
         folder = HuggingFaceFolder(path)
         tokenizer_path, config = folder.tokenizer_path, folder.config
         module, params = Mixtral(config), folder.read()
         facts = _dense_facts(params)
+        if prune is not None:
+            if calibration is None:
+                raise ValueError(
+                    f"--odp on the folder {path} needs --calibration TEXT to choose thresholds by"
+                )
+            tokens = text.encode_file(tokenizer_path, calibration, config.vocab_size)
+            some = text.spread(text.windows(tokens, seq_len, "calibration text"), 128)
+            params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
+            statistics = dense_pruning_statistics(config, params, some)
+            ratio = np.stack([np.asarray(s.ratio) for s in statistics])
+            stand_in = [s.stand_in for s in statistics]
+            params = serving.with_pruning(params, ratio, stand_in, prune, quantile)
+            module = module.clone(prune=prune)
     windows = _windows(tokenizer_path, text_path, config, seq_len, max_tokens)
     start = time.perf_counter()
-    value = text.perplexity(
-        module.apply, params, windows, progress=lambda items: progress(items, description="eval")
+    value, skipped = text.perplexity(
+        module, params, windows, progress=lambda items: progress(items, description="eval")
     )
     seconds = time.perf_counter() - start
     return {
         "perplexity": value,
         "tokens": windows.shape[0] * (windows.shape[1] - 1),
         **facts,
-        "experts_pruned": 0.0,
+        "experts_pruned": skipped,
         "tokens_per_second": windows.size / seconds,
     }
+
+
+def dense_pruning_statistics(
+    config: MixtralConfig, params: Any, windows: np.ndarray, batch_tokens: int = 4096
+) -> list[odp.PruningStatistics]:
+    """`mcjax.odp`'s statistics of every layer of a dense model, from windows int [N, T]."""
+    batch = max(1, min(len(windows), batch_tokens // windows.shape[1]))
+    x = [params["embedding"][windows[s : s + batch]] for s in range(0, len(windows), batch)]
+    statistics = []
+    for i in range(config.num_hidden_layers):
+        own = params[f"layer_{i}"]
+        run = jax.jit(partial(capture, layer(config, None, i)))
+        captured = [run(own, hidden) for hidden in x]
+        x = [hidden for hidden, _ in captured]
+        inputs = (seen["moe_input"].reshape(-1, config.hidden_size) for _, seen in captured)
+        statistics.append(pruning_statistics(config, own["moe"], inputs))
+    return statistics
 
 
 def _windows(tokenizer_path, text_path, config, seq_len, max_tokens) -> np.ndarray:

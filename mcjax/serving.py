@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mcjax import checkpoint, pmq
+from mcjax import checkpoint, odp, pmq
 from mcjax.models.config import MixtralConfig
 from mcjax.models.mixtral import Mixtral, PlaneSpec
 
@@ -130,6 +130,9 @@ def load(
     allocation: Sequence[Sequence[int]] | None = None,
     attention_bits: int = 4,
     dtype: Any = jnp.float32,
+    act_bits: int | None = None,
+    prune: str | None = None,
+    quantile: float = odp.QUANTILE,
 ) -> Model:
     """Loads an artifact at a precision chosen now, reading only the bytes that it needs.
 
@@ -140,6 +143,9 @@ def load(
       allocation: each expert's width [L, E] instead. Without any of the three, all planes.
       attention_bits: width of the attention's weights, 4 or 8.
       dtype: of activations.
+      act_bits: None, or 8 to round activations to int8 before products with planes.
+      prune: None, or the policy by which `mcjax.odp` skips experts, "mean" or "paper".
+      quantile: share of the lower-ranked experts that is skipped on calibration text.
 
     Returns:
       A `Model`.
@@ -160,13 +166,48 @@ def load(
     params = checkpoint.read_rest(reader)
     for i, mine in enumerate(widths):
         params[f"layer_{i}"] = checkpoint.read_layer(reader, i, mine, attention_bits)
+    if prune is not None:
+        ratio = np.array(manifest["statistics"]["ratio"], np.float32)
+        stand_in = [checkpoint.read_stand_in(reader, i) for i in range(len(widths))]
+        params = with_pruning(params, ratio, stand_in, prune, quantile)
     return Model(
         params=params,
-        module=Mixtral(config, spec, dtype),
+        module=Mixtral(config, spec, dtype, act_bits, prune),
         path=str(reader.directory),
         bytes_read=reader.bytes_read,
         expert_bytes_read=reader.expert_bytes_read,
     )
+
+
+def with_pruning(
+    params: Any,
+    ratio: np.ndarray,
+    stand_in: Sequence[jax.Array],
+    policy: str,
+    quantile: float = odp.QUANTILE,
+) -> Any:
+    """Parameters of a `Mixtral` with those that its `prune` policy asks for.
+
+    Args:
+      params: of a Mixtral, dense or planes.
+      ratio: [L, K - 1, 101] of `mcjax.odp.PruningStatistics`, stacked over layers.
+      stand_in: [E, D] for each layer.
+      policy: "mean" or "paper".
+      quantile: as in `load`.
+
+    Raises:
+      ValueError: for an unknown policy or a quantile outside 0 to 1.
+    """
+    if policy not in odp.POLICIES:
+        raise ValueError(f"unknown pruning policy {policy!r}; one of {odp.POLICIES}")
+    params = dict(params)
+    for i, threshold in enumerate(odp.thresholds(ratio, quantile)):
+        layer = params[f"layer_{i}"]
+        more = {"threshold": jnp.asarray(threshold)}
+        if policy == "mean":
+            more["stand_in"] = stand_in[i]
+        params[f"layer_{i}"] = {**layer, "moe": {**layer["moe"], **more}}
+    return params
 
 
 def statistics(manifest: dict[str, Any]) -> pmq.ExpertStatistics:

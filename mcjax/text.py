@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,35 +70,46 @@ def spread(windows: np.ndarray, count: int) -> np.ndarray:
 
 
 @partial(jax.jit, static_argnums=0)
-def negative_log_likelihood(apply: Callable, params: Any, tokens: jax.Array) -> jax.Array:
+def negative_log_likelihood(module: nn.Module, params: Any, tokens: jax.Array) -> jax.Array:
     """Sum over windows [B, T] of each token's negative log-likelihood given those before it."""
-    logits = apply({"params": params}, tokens)[:, :-1].astype(jnp.float32)
+    return _likelihood_and_skips(module, params, tokens)[0]
+
+
+@partial(jax.jit, static_argnums=0)
+def _likelihood_and_skips(module, params, tokens):
+    logits, seen = module.apply({"params": params}, tokens, mutable=["odp"])
+    logits = logits[:, :-1].astype(jnp.float32)
     chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
-    return jnp.sum(jax.nn.logsumexp(logits, axis=-1) - chosen)
+    masks = jax.tree.leaves(seen)
+    skipped = jnp.mean(jnp.stack([jnp.mean(~m, dtype=jnp.float32) for m in masks])) if masks else 0
+    return jnp.sum(jax.nn.logsumexp(logits, axis=-1) - chosen), skipped
 
 
 def perplexity(
-    apply: Callable,
+    module: nn.Module,
     params: Any,
     windows: np.ndarray,
     batch_tokens: int = 4096,
     progress: Callable = lambda items: items,
-) -> float:
+) -> tuple[float, float]:
     """Exp of the mean negative log-likelihood over all windows.
 
     Args:
-      apply: a Flax module's apply, from ({"params": params}, tokens [B, T]) to logits.
+      module: a language model, from tokens [B, T] to logits [B, T, vocab].
       params: its parameters.
       windows: int [N, T].
       batch_tokens: about how many tokens are computed at once.
       progress: wraps the iteration over batches.
 
     Returns:
-      The perplexity.
+      The perplexity, and the share of routed experts that its pruning policy skipped.
     """
     count, length = windows.shape
     batch = max(1, min(count, batch_tokens // length))
-    total = 0.0
+    total = skipped = 0.0
     for start in progress(range(0, count, batch)):
-        total += float(negative_log_likelihood(apply, params, windows[start : start + batch]))
-    return float(np.exp(total / (count * (length - 1))))
+        some = windows[start : start + batch]
+        loss, skips = _likelihood_and_skips(module, params, some)
+        total += float(loss)
+        skipped += float(skips) * len(some)
+    return float(np.exp(total / (count * (length - 1)))), skipped / count

@@ -68,7 +68,7 @@ def main() -> None:
     @jax.jit
     def step(params, state, tokens):
         def loss(params):
-            return negative_log_likelihood(model.apply, params, tokens) / tokens[:, 1:].size
+            return negative_log_likelihood(model, params, tokens) / tokens[:, 1:].size
 
         value, gradient = jax.value_and_grad(loss)(params)
         update, state = optimiser.update(gradient, state, params)

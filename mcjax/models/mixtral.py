@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mcjax import bitplane
+from mcjax import bitplane, odp
 from mcjax.models import rope
 from mcjax.models.config import MixtralConfig
 from mcjax.ops import dot
-from mcjax.ops.dot import expert_product
 from mcjax.ops.grouped import expert_map
 
 
@@ -46,33 +46,68 @@ class RMSNorm(nn.Module):
         return scale.astype(x.dtype) * wide.astype(x.dtype)
 
 
+class Cache(NamedTuple):
+    """Keys and values of one layer's past tokens; slot s holds position s.
+
+    Attributes:
+      keys: [B, S, KV, head_dim], S the longest sequence.
+      values: likewise.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+
+
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions, causal, optionally in a sliding window."""
 
     config: MixtralConfig
     bits: int | None = None
     group_size: int | None = None
+    act_bits: int | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-        """X [B, T, D] and positions int [B or 1, T] to [B, T, D]."""
+    def __call__(
+        self, x: jax.Array, positions: jax.Array, cache: Cache | None = None
+    ) -> tuple[jax.Array, jax.Array, Cache | None]:
+        """Attends to the tokens given, or with a cache to those in it and those given.
+
+        Args:
+          x: [B, T, D].
+          positions: int [B or 1, T].
+          cache: of the tokens before; keys and values are put in at `positions`.
+
+        Returns:
+          [B, T, D], attention probabilities [B, H, T, T or S], and the new cache.
+        """
         c = self.config
         batch, length, _ = x.shape
         heads, kv_heads, head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
         self.sow("calibration", "attention_input", x)
 
         def project(name, x, d_out):
-            return dot(x, weight(self, name, (x.shape[-1], d_out), self.bits, self.group_size))
+            planes = weight(self, name, (x.shape[-1], d_out), self.bits, self.group_size)
+            return dot(x, planes, self.act_bits)
 
         q = project("q", x, heads * head_dim).reshape(batch, length, heads, head_dim)
         k = project("k", x, kv_heads * head_dim).reshape(batch, length, kv_heads, head_dim)
         v = project("v", x, kv_heads * head_dim).reshape(batch, length, kv_heads, head_dim)
-        cos, sin = rope.angles(c, positions, length)
+        whole = length if cache is None else cache.keys.shape[1]
+        cos, sin = rope.angles(c, positions, whole)
         q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
+        key_positions = positions
+        if cache is not None:
+            row = jnp.arange(batch)[:, None]
+            cache = Cache(
+                cache.keys.at[row, positions].set(k.astype(cache.keys.dtype)),
+                cache.values.at[row, positions].set(v.astype(cache.values.dtype)),
+            )
+            k, v = cache.keys.astype(x.dtype), cache.values.astype(x.dtype)
+            key_positions = jnp.arange(whole)[None]
 
         q = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
         scores = jnp.einsum("btkgd,bskd->bkgts", q, k).astype(jnp.float32) * head_dim**-0.5
-        distance = positions[:, :, None] - positions[:, None, :]
+        distance = positions[:, :, None] - key_positions[:, None, :]
         visible = distance >= 0
         if c.sliding_window is not None:
             visible &= distance < c.sliding_window
@@ -80,7 +115,11 @@ class Attention(nn.Module):
         weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
         out = jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(batch, length, -1)
         self.sow("calibration", "attention_output", out)
-        return project("o", out, x.shape[-1])
+        return (
+            project("o", out, x.shape[-1]),
+            weights.reshape(batch, heads, length, -1),
+            cache,
+        )
 
 
 class Experts(nn.Module):
@@ -89,6 +128,7 @@ class Experts(nn.Module):
     config: MixtralConfig
     widths: tuple[int, ...] | None = None
     group_size: int | None = None
+    act_bits: int | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, index: jax.Array, keep: jax.Array | None = None) -> jax.Array:
@@ -98,10 +138,10 @@ class Experts(nn.Module):
         gate = weight(self, "gate", (e, d, f), self.widths, self.group_size)
         up = weight(self, "up", (e, d, f), self.widths, self.group_size)
         down = weight(self, "down", (e, f, d), self.widths, self.group_size)
-        return swiglu_experts(gate, up, down, x, index, keep)
+        return swiglu_experts(gate, up, down, x, index, keep, self.act_bits)
 
 
-def swiglu_experts(gate, up, down, x, index, keep=None):
+def swiglu_experts(gate, up, down, x, index, keep=None, act_bits=None):
     """``down(silu(gate(x)) * up(x))`` of each row's expert.
 
     Args:
@@ -111,54 +151,81 @@ def swiglu_experts(gate, up, down, x, index, keep=None):
       x: [N, D].
       index: int [N].
       keep: bool [N] or None.
+      act_bits: as in `mcjax.dot`.
 
     Returns:
       [N, D].
     """
-    num_experts = gate.shape[0]
-    gate, up, down = (expert_product(w, None, x.dtype) for w in (gate, up, down))
+    rows = partial(_swiglu, act_bits)
+    return expert_map(rows, (gate, up, down), x, index, keep)
 
-    def one_expert(expert, rows):
-        return down(expert, jax.nn.silu(gate(expert, rows)) * up(expert, rows))
 
-    return expert_map(one_expert, x, index, keep, num_experts, x.shape[-1])
+def _swiglu(act_bits, weights, rows):
+    gate, up, down = weights
+    hidden = jax.nn.silu(dot(rows, gate, act_bits)) * dot(rows, up, act_bits)
+    return dot(hidden, down, act_bits)
 
 
 class MoE(nn.Module):
-    """A block of routed experts."""
+    """A block of routed experts, pruned by `mcjax.odp` if `prune` names a policy."""
 
     config: MixtralConfig
     widths: tuple[int, ...] | None = None
     group_size: int | None = None
+    act_bits: int | None = None
+    prune: str | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """X [B, T, D] to the weighted sum of each token's experts, [B, T, D]."""
+    def __call__(self, x: jax.Array, protected: jax.Array | None = None) -> jax.Array:
+        """X [B, T, D] to the weighted sum of each token's experts, [B, T, D].
+
+        `protected` bool [B, T] marks tokens whose experts are all computed.
+        """
         c = self.config
         self.sow("calibration", "moe_input", x)
         router = self.param(
             "router", nn.initializers.lecun_normal(), (c.hidden_size, c.num_local_experts)
         )
         tokens = x.reshape(-1, c.hidden_size)
-        weights, index = route(tokens, router, c.num_experts_per_tok)
+        logits = router_logits(tokens, router)
+        self.sow("router", "logits", logits)
+        weights, index = route(logits, c.num_experts_per_tok)
+        keep, rest = None, jnp.zeros((), x.dtype)
+        if self.prune is not None:
+            ranks = c.num_experts_per_tok - 1
+            threshold = self.param("threshold", nn.initializers.zeros, (ranks,))
+            flat = None if protected is None else protected.reshape(-1)
+            keep = odp.keep_mask(weights, threshold, flat)
+            self.sow("odp", "keep", keep)
+            if self.prune == "paper":
+                weights = odp.renormalize(weights, keep)
+            else:
+                shape = (c.num_local_experts, c.hidden_size)
+                stand_in = self.param("stand_in", nn.initializers.zeros, shape).astype(x.dtype)
+                skipped = jnp.where(keep, 0, weights).astype(x.dtype)
+                rest = jnp.sum(stand_in[index] * skipped[..., None], axis=1)
         rows = jnp.repeat(tokens, c.num_experts_per_tok, axis=0)
-        y = Experts(c, self.widths, self.group_size, name="experts")(rows, index.reshape(-1))
+        experts = Experts(c, self.widths, self.group_size, self.act_bits, name="experts")
+        y = experts(rows, index.reshape(-1), None if keep is None else keep.reshape(-1))
         y = y.reshape(*index.shape, -1) * weights[..., None].astype(x.dtype)
-        return jnp.sum(y, axis=1).reshape(x.shape)
+        return (jnp.sum(y, axis=1) + rest).reshape(x.shape)
 
 
-def route(x: jax.Array, router: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+def router_logits(x: jax.Array, router: jax.Array) -> jax.Array:
+    """Each expert's logit for tokens x [N, D] by router [D, E]: float32 [N, E]."""
+    return jnp.dot(x, router.astype(x.dtype)).astype(jnp.float32)
+
+
+def route(logits: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """The k most probable experts of each token.
 
     Args:
-      x: [N, D].
-      router: [D, E].
+      logits: float32 [N, E].
       k: experts per token.
 
     Returns:
       Weights float32 [N, k], descending and summing to 1, and experts int32 [N, k].
     """
-    logits = jnp.dot(x, router.astype(x.dtype)).astype(jnp.float32)
     weights, index = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), k)
     return weights / jnp.sum(weights, axis=-1, keepdims=True), index
 
@@ -170,15 +237,35 @@ class Layer(nn.Module):
     widths: tuple[int, ...] | None = None
     attention_bits: int | None = None
     group_size: int | None = None
+    act_bits: int | None = None
+    prune: str | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-        """X [B, T, D] and positions int [B or 1, T] to [B, T, D]."""
+    def __call__(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        cache: Cache | None = None,
+        length: jax.Array | None = None,
+    ) -> tuple[jax.Array, Cache | None]:
+        """X [B, T, D] at positions int [B or 1, T] to [B, T, D] and the cache with them in it.
+
+        `length` int [B] is the number of tokens that are not padding, None for all.
+        """
         c = self.config
         h = RMSNorm(c.rms_norm_eps, name="attention_norm")(x)
-        x = x + Attention(c, self.attention_bits, self.group_size, name="attention")(h, positions)
+        attention = Attention(
+            c, self.attention_bits, self.group_size, self.act_bits, name="attention"
+        )
+        y, weights, cache = attention(h, positions, cache)
+        x = x + y
+        protected = None
+        if self.prune is not None and x.shape[1] > 1:
+            seen = weights[..., : x.shape[1]]
+            protected = odp.protect(odp.token_importance(x, seen, length))
         h = RMSNorm(c.rms_norm_eps, name="moe_norm")(x)
-        return x + MoE(c, self.widths, self.group_size, name="moe")(h)
+        moe = MoE(c, self.widths, self.group_size, self.act_bits, self.prune, name="moe")
+        return x + moe(h, protected), cache
 
 
 class Mixtral(nn.Module):
@@ -188,37 +275,81 @@ class Mixtral(nn.Module):
       config: its sizes.
       planes: widths of its weights, or None for dense arrays.
       dtype: of activations and products.
+      act_bits: None, or 8 to round activations to int8 before products with planes.
+      prune: None, or a policy of `mcjax.odp`, for which each layer's `moe` holds a `threshold`
+        and, with "mean", a `stand_in`.
     """
 
     config: MixtralConfig
     planes: PlaneSpec | None = None
     dtype: Any = jnp.float32
+    act_bits: int | None = None
+    prune: str | None = None
 
     @nn.compact
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Tokens int [B, T] to next-token logits float [B, T, vocab]."""
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        cache: tuple[Cache, ...] | None = None,
+        length: jax.Array | None = None,
+    ) -> Any:
+        """Next-token logits.
+
+        Args:
+          tokens: int [B, T].
+          positions: int [B or 1, T]; None counts from 0. A prefill into a cache starts at 0.
+          cache: one `Cache` a layer, see `empty_cache`.
+          length: int [B], tokens that are not padding at the end; None for all.
+
+        Returns:
+          Logits [B, T, vocab]; with a cache also the cache with these tokens in it.
+        """
         c = self.config
         embedding = self.param(
             "embedding", nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size)
         )
         x = embedding[tokens].astype(self.dtype)
-        positions = jnp.arange(tokens.shape[1])[None]
+        if positions is None:
+            positions = jnp.arange(tokens.shape[1])[None]
+        caches = []
         for i in range(c.num_hidden_layers):
-            x = layer(c, self.planes, i)(x, positions)
+            own = layer(c, self.planes, i, self.act_bits, self.prune)
+            x, new = own(x, positions, None if cache is None else cache[i], length)
+            caches.append(new)
         x = RMSNorm(c.rms_norm_eps, name="norm")(x)
         if c.tie_word_embeddings:
-            return x @ embedding.T.astype(x.dtype)
-        head = self.param("head", nn.initializers.lecun_normal(), (c.hidden_size, c.vocab_size))
-        return x @ head.astype(x.dtype)
+            logits = x @ embedding.T.astype(x.dtype)
+        else:
+            head = self.param("head", nn.initializers.lecun_normal(), (c.hidden_size, c.vocab_size))
+            logits = x @ head.astype(x.dtype)
+        return logits if cache is None else (logits, tuple(caches))
 
 
-def layer(config: MixtralConfig, planes: PlaneSpec | None, i: int) -> Layer:
-    """The i-th layer's module, named as `Mixtral` names it."""
-    if planes is None:
-        return Layer(config, name=f"layer_{i}")
-    return Layer(
-        config, planes.allocation[i], planes.attention, planes.group_size, name=f"layer_{i}"
+def empty_cache(
+    config: MixtralConfig, batch: int, length: int, dtype: Any = jnp.float32
+) -> tuple[Cache, ...]:
+    """Room for `length` tokens of `batch` sequences in every layer."""
+    shape = (batch, length, config.num_key_value_heads, config.head_dim)
+    return tuple(
+        Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        for _ in range(config.num_hidden_layers)
     )
+
+
+def layer(
+    config: MixtralConfig,
+    planes: PlaneSpec | None,
+    i: int,
+    act_bits: int | None = None,
+    prune: str | None = None,
+) -> Layer:
+    """The i-th layer's module, named as `Mixtral` names it."""
+    name = f"layer_{i}"
+    if planes is None:
+        return Layer(config, prune=prune, name=name)
+    widths, attention, group_size = planes.allocation[i], planes.attention, planes.group_size
+    return Layer(config, widths, attention, group_size, act_bits, prune, name=name)
 
 
 def weight(module: nn.Module, name: str, shape, widths, group_size):

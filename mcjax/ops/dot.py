@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
-from mcjax.bitplane import BitPlanes, MixedPlanes, Planes
-from mcjax.ops.grouped import expert_map
+from mcjax.bitplane import BitPlanes, MixedPlanes
+from mcjax.ops.grouped import Weight, expert_map
 from mcjax.ops.popcount import popcount_dot
-
-Weight = jax.Array | BitPlanes | MixedPlanes
 
 
 def dense(weight: Weight, dtype=jnp.float32) -> jax.Array:
@@ -73,36 +73,16 @@ def expert_dot(
             f"[{x.shape[0]}, K]"
         )
     tokens, k = index.shape
-    rows = jnp.repeat(x, k, axis=0)
-    flat_keep = None if keep is None else keep.reshape(-1)
     out = expert_map(
-        expert_product(planes, act_bits, x.dtype),
-        rows,
+        partial(_one_dot, act_bits),
+        (planes,),
+        jnp.repeat(x, k, axis=0),
         index.reshape(-1),
-        flat_keep,
-        planes.shape[0],
-        planes.shape[2],
+        None if keep is None else keep.reshape(-1),
     )
     return out.reshape(tokens, k, -1)
 
 
-def expert_product(planes: Weight, act_bits: int | None, dtype):
-    """A function (expert, rows [N, d_in]) -> [N, d_out], for `expert_map`."""
-    if act_bits is None:
-        weights = dense(planes, dtype)
-        return lambda expert, rows: jnp.dot(rows, weights[expert])
-    if act_bits != 8 or not isinstance(planes, BitPlanes | MixedPlanes):
-        raise ValueError(f"act_bits must be None, or 8 with planes; got {act_bits}")
-    return lambda expert, rows: select_expert(planes, expert, lambda one: popcount_dot(rows, one))
-
-
-def select_expert(planes: Planes, expert: jax.Array, function):
-    """`function` of one expert's `BitPlanes`, the expert being traced and widths differing."""
-    if isinstance(planes, BitPlanes):
-        return function(jax.tree.map(lambda leaf: leaf[expert], planes))
-    stack, slot = jnp.asarray(planes.location).T
-    branches = [
-        lambda s, one=one: function(jax.tree.map(lambda leaf: leaf[s], one))
-        for one in planes.stacks
-    ]
-    return jax.lax.switch(stack[expert], branches, slot[expert])
+def _one_dot(act_bits, weights, rows):
+    (weight,) = weights
+    return dot(rows, weight, act_bits)

@@ -3,58 +3,170 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+
+from mcjax.bitplane import BitPlanes, MixedPlanes
+
+Weight = jax.Array | BitPlanes | MixedPlanes
 
 
 def expert_map(
-    function: Callable[[jax.Array, jax.Array], jax.Array],
+    function: Callable[..., jax.Array],
+    weights: tuple[Weight, ...],
     x: jax.Array,
     index: jax.Array,
-    keep: jax.Array | None,
-    num_experts: int,
-    d_out: int,
+    keep: jax.Array | None = None,
     block: int = 128,
 ) -> jax.Array:
-    """Applies each row's expert to it, a block of rows of one expert at a time.
+    """Applies each row's expert to it, expert by expert and a block of rows at a time.
 
-    Rows are sorted by expert and cut into blocks; a block that holds no row is skipped, and rows
-    that are not kept sort last and belong to no block, so they cost nothing.
+    Both loops have dynamic trip counts: an expert without rows is not touched, and rows that are
+    not kept belong to no block, so they cost nothing. The gradient, with respect to x and to dense
+    weights, runs over the same blocks.
 
     Args:
-      function: (expert scalar int, rows [block, d_in]) -> [block, d_out].
+      function: (one expert's weights, rows [block, d_in]) -> [block, d_out], row by row; hashable
+        and without captured arrays. Planes are given to it as `BitPlanes` of one width.
+      weights: arrays or planes of logical shape [E, d_in, d_out]; those in `MixedPlanes` share one
+        allocation. The last one's d_out is the result's.
       x: [N, d_in].
       index: int [N], each row's expert.
       keep: bool [N] or None for all.
-      num_experts: E.
-      d_out: output features.
-      block: rows a block.
+      block: most rows computed at once.
 
     Returns:
-      [N, d_out]; zeros where a row is not kept.
+      [N, d_out] of x's dtype; zeros where a row is not kept.
     """
-    rows = index.shape[0]
-    key = index if keep is None else jnp.where(keep, index, num_experts)
-    order = jnp.argsort(key, stable=True)
+    x, index = jnp.asarray(x), jnp.asarray(index)
+    if keep is None:
+        keep = jnp.ones(index.shape, bool)
+    return _expert_map(function, min(block, index.shape[0]), weights, x, index, keep)
+
+
+class _Groups(NamedTuple):
+    """Which rows each expert has: `order` lists them expert by expert.
+
+    Attributes:
+      active: int [E], experts that have rows, in order, then the others.
+      num_active: int [], how many have.
+      order: int [N], kept rows sorted by expert, then the others.
+      first: int [E], where each expert's rows start in `order`.
+      rows_of: int [E], how many it has.
+    """
+
+    active: jax.Array
+    num_active: jax.Array
+    order: jax.Array
+    first: jax.Array
+    rows_of: jax.Array
+
+
+def _group(index, keep, num_experts) -> _Groups:
+    key = jnp.where(keep, index, num_experts)
     count = jnp.bincount(key, length=num_experts + 1)[:num_experts]
-    first_row = jnp.cumsum(count) - count
-    blocks = -(-count // block)
-    last_block = jnp.cumsum(blocks)
+    return _Groups(
+        jnp.argsort(count == 0, stable=True),
+        jnp.sum(count > 0),
+        jnp.argsort(key, stable=True),
+        jnp.cumsum(count) - count,
+        count,
+    )
 
-    def one_block(out, b):
-        expert = jnp.minimum(jnp.searchsorted(last_block, b, side="right"), num_experts - 1)
-        within = (b - (last_block[expert] - blocks[expert])) * block + jnp.arange(block)
-        valid = (within < count[expert]) & (b < last_block[-1])
-        row = order[jnp.minimum(first_row[expert] + within, rows - 1)]
 
-        def compute(out):
-            y = function(expert, x[row])
-            return out.at[jnp.where(valid, row, rows)].set(y.astype(out.dtype), mode="drop")
+def _loop(groups: _Groups, block, weights, visit, carry):
+    """Visits every block of every active expert: ``visit(one, expert, rows, valid, carry)``.
 
-        return lax.cond(b < last_block[-1], compute, lambda out: out, out), None
+    `one` is the expert's weights, `rows` int [block] the rows of x, `valid` which of them count.
+    """
+    last = groups.order.shape[0] - 1
 
-    most_blocks = min(-(-rows // block) + num_experts, rows)
-    out = jnp.zeros((rows, d_out), x.dtype)
-    return lax.scan(one_block, out, jnp.arange(most_blocks))[0]
+    def one_expert(i, carry):
+        expert = groups.active[i]
+
+        def blocks(one):
+            def one_block(b, carry):
+                place = b * block + jnp.arange(block)
+                valid = place < groups.rows_of[expert]
+                rows = groups.order[jnp.minimum(groups.first[expert] + place, last)]
+                return visit(one, expert, rows, valid, carry)
+
+            return lax.fori_loop(0, -(-groups.rows_of[expert] // block), one_block, carry)
+
+        return select_expert(weights, expert, blocks)
+
+    return lax.fori_loop(0, groups.num_active, one_expert, carry)
+
+
+def select_expert(weights: tuple[Weight, ...], expert: jax.Array, function: Callable) -> Any:
+    """`function` of the tuple of one expert's weights, the expert being traced.
+
+    Raises:
+      ValueError: if several `MixedPlanes` differ in their allocation.
+    """
+    mixed = [w for w in weights if isinstance(w, MixedPlanes)]
+    if not mixed:
+        return function(jax.tree.map(lambda leaf: leaf[expert], weights))
+    allocation = mixed[0].allocation
+    if any(w.allocation != allocation for w in mixed):
+        raise ValueError(f"weights of one expert differ in width: {[w.allocation for w in mixed]}")
+    place = np.array(mixed[0].location)
+
+    def branch(s):
+        def with_width(slot):
+            one = [
+                jax.tree.map(lambda leaf: leaf[slot], w.stacks[s])
+                if isinstance(w, MixedPlanes)
+                else jax.tree.map(lambda leaf: leaf[expert], w)
+                for w in weights
+            ]
+            return function(tuple(one))
+
+        return with_width
+
+    stack, slot = jnp.asarray(place).T
+    branches = [branch(s) for s in range(len(mixed[0].stacks))]
+    return lax.switch(stack[expert], branches, slot[expert])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _expert_map(function, block, weights, x, index, keep):
+    def visit(one, expert, rows, valid, out):
+        y = function(one, x[rows])
+        return out.at[jnp.where(valid, rows, x.shape[0])].set(y.astype(out.dtype), mode="drop")
+
+    out = jnp.zeros((x.shape[0], weights[-1].shape[-1]), x.dtype)
+    return _loop(_group(index, keep, weights[0].shape[0]), block, weights, visit, out)
+
+
+def _forward(function, block, weights, x, index, keep):
+    return _expert_map(function, block, weights, x, index, keep), (weights, x, index, keep)
+
+
+def _backward(function, block, residuals, cotangent):
+    weights, x, index, keep = residuals
+    trained = not any(isinstance(w, BitPlanes | MixedPlanes) for w in weights)
+
+    def visit(one, expert, rows, valid, carry):
+        of_weights, of_x = carry
+        change = jnp.where(valid[:, None], cotangent[rows], 0)
+        if trained:
+            of_one, of_rows = jax.vjp(function, one, x[rows])[1](change)
+            of_weights = jax.tree.map(lambda a, d: a.at[expert].add(d), of_weights, of_one)
+        else:
+            (of_rows,) = jax.vjp(lambda r: function(one, r), x[rows])[1](change)
+        place = jnp.where(valid, rows, x.shape[0])
+        return of_weights, of_x.at[place].set(of_rows, mode="drop")
+
+    zeros = jax.tree.map(jnp.zeros_like, weights) if trained else None
+    groups = _group(index, keep, weights[0].shape[0])
+    of_weights, of_x = _loop(groups, block, weights, visit, (zeros, jnp.zeros_like(x)))
+    return of_weights, of_x, None, None
+
+
+_expert_map.defvjp(_forward, _backward)

@@ -1,0 +1,115 @@
+"""Generation: the cache changes nothing, nor does a batch."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mcjax
+from mcjax import cli, generate
+from mcjax.convert import HuggingFaceFolder
+from mcjax.models import Mixtral
+from mcjax.models.mixtral import empty_cache
+
+PROMPTS = [[5, 9, 12, 7, 88, 3], [200, 41], [17, 17, 230, 4]]
+
+
+@pytest.fixture(scope="module")
+def dense(model_folder):
+    folder = HuggingFaceFolder(model_folder)
+    return Mixtral(folder.config), folder.read(np.float32)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_cached_equals_full(dense, window):
+    import dataclasses
+
+    module, params = dense
+    module = module.clone(config=dataclasses.replace(module.config, sliding_window=window))
+    tokens = np.random.default_rng(0).integers(0, 300, (2, 20))
+    whole = module.apply({"params": params}, tokens)
+    cache = empty_cache(module.config, 2, 24)
+    step = jax.jit(module.apply)
+    logits, cache = step({"params": params}, tokens[:, :7], None, cache)
+    parts = [logits]
+    for t in range(7, 20):
+        logits, cache = step({"params": params}, tokens[:, t : t + 1], jnp.array([[t]] * 2), cache)
+        parts.append(logits)
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, atol=2e-5)
+    assert step._cache_size() == 2  # one prefill, one decoding step
+
+
+def test_greedy_is_the_full_forward_pass(artifact):
+    model = mcjax.load(artifact, budget=2.5)
+    prompt = list(PROMPTS[0])
+    got = [int(t[0]) for t in generate.generate(model.module, model.params, [prompt], 8)]
+    for token in got:
+        assert token == int(np.argmax(model(np.array([prompt]))[0, -1]))
+        prompt.append(token)
+
+
+@pytest.mark.parametrize("prune", [None, "mean"])
+def test_batch_equals_single_prompts(artifact, prune):
+    model = mcjax.load(artifact, bits=3, prune=prune)
+    together = np.stack(list(generate.generate(model.module, model.params, PROMPTS, 6)), axis=1)
+    for prompt, row in zip(PROMPTS, together, strict=True):
+        alone = list(generate.generate(model.module, model.params, [prompt], 6))
+        if prune is None:  # alone, a shorter prompt protects another token
+            np.testing.assert_array_equal(np.concatenate(alone), row)
+    if prune is not None:
+        assert together.shape == (3, 6)
+
+
+def test_sampling_filters():
+    logits = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05]))
+    options = generate.Sampling(temperature=1.0, top_p=0.7)
+    np.testing.assert_array_equal(
+        np.isfinite(generate.filter_logits(logits, options)), [True, True, False, False]
+    )
+    options = generate.Sampling(temperature=2.0, top_k=3)
+    got = np.asarray(generate.filter_logits(logits, options))
+    np.testing.assert_allclose(got[:3], np.asarray(logits)[:3] / 2, rtol=1e-6)
+    assert np.isneginf(got[3])
+    draws = generate.sample(
+        jax.random.key(0), jnp.tile(logits, (20000, 1)), generate.Sampling(temperature=1.0)
+    )
+    share = np.bincount(np.asarray(draws), minlength=4) / 20000
+    np.testing.assert_allclose(share, [0.5, 0.3, 0.15, 0.05], atol=0.015)
+
+
+def test_command(artifact, model_folder, capsys):
+    def run(*arguments):
+        capsys.readouterr()
+        status = cli.main(["generate", *map(str, arguments)])
+        return status, capsys.readouterr()
+
+    common = ("--prompt", "bame kort", "--max-new-tokens", 6)
+    status, first = run(artifact, *common, "--budget", 2, "--odp")
+    assert status == 0 and first.out.startswith("bame kort") and len(first.out) > 10
+    sampled = (*common, "--temperature", 1, "--top-k", 50, "--top-p", 0.9, "--json")
+    texts = [
+        json.loads(run(artifact, *sampled, "--seed", seed)[1].out)["texts"] for seed in (1, 1, 2)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+    status, _ = run(artifact, *common, "--act-bits", 8)
+    assert status == 0
+    status, whole = run(model_folder, *common, "--json")
+    text = json.loads(whole.out)["texts"][0]
+    stop = text.strip()[2:4]
+    status, cut = run(model_folder, *common, "--stop", stop)
+    assert cut.out == "bame kort" + text[: text.index(stop)] + "\n"
+    for message, arguments in [
+        ("is empty", (artifact, "--prompt", "")),
+        ("exceed the model's 64 positions", (artifact, "--prompt", "bame " * 90)),
+        ("at least 1, got 0", (artifact, "--prompt", "x", "--max-new-tokens", 0)),
+        ("top_p must be", (artifact, *common, "--temperature", 1, "--top-p", 2)),
+        ("need a temperature", (artifact, *common, "--top-k", 2)),
+        ("need --odp", (artifact, *common, "--odp-quantile", 0.1)),
+        ("0 to 1, got 3", (artifact, *common, "--odp", "--odp-quantile", 3)),
+        ("is not an artifact", (model_folder, *common, "--budget", 2)),
+    ]:
+        status, captured = run(*arguments)
+        assert status == 1 and message in captured.err, captured.err
+        assert captured.err.count("\n") == 1

@@ -1,0 +1,154 @@
+"""Pruning: the published rule against a literal transcription, and work that really shrinks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mcjax
+from mcjax import odp
+from mcjax.convert import HuggingFaceFolder
+from mcjax.evaluate import dense_pruning_statistics, evaluate
+from mcjax.models import Mixtral
+from mcjax.ops import expert_map
+from mcjax.serving import with_pruning
+
+
+def attention_of(rng, batch, heads, tokens):
+    scores = rng.normal(size=(batch, heads, tokens, tokens))
+    scores = np.where(np.tril(np.ones((tokens, tokens), bool)), scores, -np.inf)
+    weights = np.exp(scores)
+    return (weights / weights.sum(-1, keepdims=True)).astype(np.float32)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 1000), st.integers(2, 12))
+def test_importance_is_the_papers(seed, tokens):
+    rng = np.random.default_rng(seed)
+    hidden = rng.normal(size=(2, tokens, 5)).astype(np.float32)
+    attention = attention_of(rng, 2, 3, tokens)
+    expected = np.zeros((2, tokens))
+    for b in range(2):
+        for j in range(tokens):
+            received = sum(attention[b, :, i, j].mean() for i in range(j, tokens))
+            expected[b, j] = np.abs(hidden[b, j]).sum() * received / (tokens - j)
+    np.testing.assert_allclose(odp.token_importance(hidden, attention), expected, rtol=1e-5)
+
+
+def test_padding_does_not_matter():
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=(1, 9, 4)).astype(np.float32)
+    attention = attention_of(rng, 1, 2, 9)
+    got = odp.token_importance(hidden, attention, jnp.array([6]))
+    short = odp.token_importance(hidden[:, :6], attention[:, :, :6, :6])
+    np.testing.assert_allclose(got[:, :6], short, rtol=1e-6)
+    assert np.isneginf(got[:, 6:]).all() and not odp.protect(got)[:, 6:].any()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 1000), st.integers(1, 4), st.floats(0, 1))
+def test_mask_is_the_rule(seed, k, threshold):
+    rng = np.random.default_rng(seed)
+    weights = -np.sort(-rng.dirichlet(np.ones(k), size=20).astype(np.float32), axis=-1)
+    protected = rng.random(20) < 0.2
+    mask = np.asarray(odp.keep_mask(weights, np.float32(threshold), protected))
+    for token in range(20):
+        for j in range(k):
+            bound = np.float32(threshold) * weights[token, 0]
+            expected = j == 0 or protected[token] or weights[token, j] >= bound
+            assert mask[token, j] == expected
+    kept = odp.renormalize(weights, mask)
+    np.testing.assert_allclose(np.sum(kept, axis=-1), 1, rtol=1e-5)
+    assert (np.asarray(kept)[~mask] == 0).all()
+    np.testing.assert_array_equal(jax.jit(odp.keep_mask)(weights, threshold, protected), mask)
+
+
+def test_bad_values():
+    with pytest.raises(ValueError, match=r"\(3,\) for 1 ranks"):
+        odp.keep_mask(np.ones((4, 2), np.float32), np.ones(3))
+    with pytest.raises(ValueError, match=r"0 to 1, got 1\.5"):
+        odp.thresholds(np.zeros((2, 1, 101)), 1.5)
+    with pytest.raises(ValueError, match="unknown pruning policy 'best'"):
+        with_pruning({}, np.zeros((0, 1, 101)), [], "best")
+
+
+def test_skipped_rows_reach_no_expert():
+    """Only the blocks that hold kept rows run."""
+    seen = []
+
+    def product(weights, rows):
+        jax.debug.callback(lambda r: seen.append(len(r)), rows)
+        return rows
+
+    rows, block = 64, 8
+    x = np.ones((rows, 3), np.float32)
+    keep = np.arange(rows) % 4 == 0
+    weights = (jnp.zeros((2, 3, 3)),)
+    out = expert_map(product, weights, x, np.zeros(rows, int), keep, block)
+    jax.effects_barrier()
+    assert sum(seen) == keep.sum()
+    np.testing.assert_array_equal(np.asarray(out)[:, 0], keep)
+
+
+@pytest.mark.parametrize("policy", odp.POLICIES)
+def test_block_by_hand(model_folder, policy):
+    """The pruned model's block output, expert by expert, against the policy's words."""
+    folder = HuggingFaceFolder(model_folder)
+    params = folder.read(np.float32)
+    tokens = np.random.default_rng(1).integers(0, 300, (2, 32))
+    statistics = dense_pruning_statistics(folder.config, params, tokens)
+    ratio = np.stack([s.ratio for s in statistics])
+    stand_in = [s.stand_in for s in statistics]
+    pruned = with_pruning(params, ratio, stand_in, policy, 0.5)
+    module = Mixtral(folder.config, prune=policy)
+    _, seen = module.apply({"params": pruned}, tokens, mutable=["odp", "calibration"])
+    skipped = 1 - np.mean([np.asarray(s["moe"]["keep"][0]) for s in seen["odp"].values()])
+    assert 0.2 < skipped < 0.26  # half of the second experts, less those of protected tokens
+
+    block = pruned["layer_1"]["moe"]
+    x = np.asarray(seen["calibration"]["layer_1"]["moe"]["moe_input"][0]).reshape(-1, 96)
+    keep = np.asarray(seen["odp"]["layer_1"]["moe"]["keep"][0])
+    got = module.bind({"params": pruned})  # noqa: F841
+    from mcjax.models.mixtral import MoE
+
+    y = MoE(folder.config, prune=policy).apply(
+        {"params": block}, x[None], keep.all(axis=-1)[None] & True
+    )[0]
+    probability = np.asarray(jax.nn.softmax(x @ np.asarray(block["router"])))
+    for t in range(0, 64, 7):
+        first, second = np.argsort(-probability[t])[:2]
+        w = probability[t, [first, second]] / probability[t, [first, second]].sum()
+        f = []
+        for e in (first, second):
+            gate, up, down = (np.asarray(block["experts"][n][e]) for n in ("gate", "up", "down"))
+            f.append((np.asarray(jax.nn.silu(x[t] @ gate)) * (x[t] @ up)) @ down)
+        if keep[t, 1]:
+            expected = w[0] * f[0] + w[1] * f[1]
+        elif policy == "paper":
+            expected = f[0]
+        else:
+            expected = w[0] * f[0] + w[1] * np.asarray(stand_in[1][second])
+        np.testing.assert_allclose(y[t], expected, atol=2e-5)
+
+
+def test_served_from_the_artifact(artifact, text_file, model_folder):
+    common = dict(seq_len=64, max_tokens=640)
+    plain = evaluate(artifact, text_file, budget=2.5, **common)
+    for policy in odp.POLICIES:
+        facts = evaluate(artifact, text_file, budget=2.5, prune=policy, **common)
+        assert 0.1 < facts["experts_pruned"] < 0.2 and plain["experts_pruned"] == 0
+        assert facts["perplexity"] != plain["perplexity"]
+        none = evaluate(artifact, text_file, budget=2.5, prune=policy, quantile=0.0, **common)
+        assert none["experts_pruned"] == 0
+        assert abs(none["perplexity"] - plain["perplexity"]) < 1e-3
+    dense = evaluate(
+        model_folder, text_file, prune="mean", calibration=text_file, **common
+    )  # fmt: skip
+    assert 0.1 < dense["experts_pruned"] < 0.2
+    refined = mcjax.load(artifact, bits=1, prune="mean").refine(bits=3)
+    tokens = np.arange(20)[None]
+    np.testing.assert_array_equal(
+        refined(tokens), mcjax.load(artifact, bits=3, prune="mean")(tokens)
+    )
