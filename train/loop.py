@@ -1,0 +1,251 @@
+"""The training loop that every recipe shares: data-parallel, resumable to the bit, measured.
+
+What makes resuming exact: a batch is a pure function of the step, the state holds everything else,
+and Orbax gives back the state that it was given.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import runpy
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+
+class State(NamedTuple):
+    """Everything that a step changes.
+
+    Attributes:
+      step: int32 scalar, steps taken.
+      params: a pytree; likewise `extra`, for what is not trained by gradients.
+      optimiser: optax's state.
+      extra: see `params`.
+    """
+
+    step: jax.Array
+    params: Any
+    optimiser: Any
+    extra: Any = ()
+
+
+def adamw(
+    *, learning_rate: float, warmup: int, steps: int, weight_decay: float, clip: float
+) -> optax.GradientTransformation:
+    """AdamW with gradient clipping; matrices decay, norms and biases do not.
+
+    The rate climbs for `warmup` steps and then falls by a cosine to a hundredth.
+    """
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, learning_rate, warmup, max(steps, warmup + 1), learning_rate / 100
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(clip),
+        optax.adamw(
+            schedule,
+            b2=0.95,
+            weight_decay=weight_decay,
+            mask=lambda tree: jax.tree.map(lambda p: p.ndim > 1, tree),
+        ),
+    )
+
+
+def data_mesh() -> Mesh:
+    """All devices in a row, to share a batch."""
+    return jax.make_mesh((jax.device_count(),), ("data",))
+
+
+def global_batch(mesh: Mesh, shape: tuple[int, ...], row: Callable[[int], np.ndarray]) -> jax.Array:
+    """An array whose first axis is shared among devices; each process makes its own rows."""
+
+    def part(index):
+        return np.stack([row(i) for i in range(*index[0].indices(shape[0]))])
+
+    return jax.make_array_from_callback(shape, NamedSharding(mesh, P("data")), part)
+
+
+def fit(
+    directory: Path,
+    state: State,
+    step: Callable[[State, Any], tuple[State, dict[str, jax.Array]]],
+    batch: Callable[[int], Any],
+    *,
+    mesh: Mesh,
+    steps: int,
+    identity: Mapping[str, Any],
+    resume: bool = False,
+    save_every: int = 500,
+    log_every: int = 50,
+    evaluate: Callable[[State], dict[str, float]] | None = None,
+    evaluate_every: int = 500,
+) -> State:
+    """Trains to `steps`, or until SIGINT or SIGTERM, which save and end.
+
+    Args:
+      directory: for `checkpoints/`, `recipe.json` and `metrics.csv`; must not exist, or be one
+        of the same identity that `resume` goes on from.
+      state: the initial state.
+      step: jitted, (state, batch) -> (state, metrics of scalars); its state is donated.
+      batch: step number -> batch.
+      mesh: the state is held whole by each of its devices.
+      steps: how many, in all.
+      identity: what must not change between a run and its resumption; plain JSON values.
+      resume: go on from the newest checkpoint.
+      save_every: steps between checkpoints.
+      log_every: steps between rows of metrics.
+      evaluate: state -> metrics of held-out data.
+      evaluate_every: steps between evaluations; the last step is always evaluated.
+
+    Returns:
+      The final state.
+
+    Raises:
+      ValueError: if the directory exists and resuming was not asked for, or it is of another
+        recipe.
+      KeyboardInterrupt: after a signal, once the state is saved.
+    """
+    import orbax.checkpoint as ocp
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn as Remaining
+
+    _claim(directory, dict(identity), resume)
+    state = jax.device_put(state, NamedSharding(mesh, P()))
+    options = ocp.CheckpointManagerOptions(max_to_keep=2)
+    with ocp.CheckpointManager((directory / "checkpoints").absolute(), options=options) as manager:
+        first = manager.latest_step() or 0
+        if first:
+            abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+            state = manager.restore(first, args=ocp.args.StandardRestore(abstract))
+        rows = Metrics(directory / "metrics.csv", first)
+        console = Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Remaining())
+        signals = Signals()
+        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+            task = progress.add_task("training", total=steps, completed=first)
+            started, since = time.perf_counter(), first
+            for i in range(first, steps):
+                with jax.set_mesh(mesh):
+                    state, metrics = step(state, batch(i))
+                done = i + 1
+                progress.update(task, completed=done)
+                if done % log_every == 0 or done == steps:
+                    row = {k: float(v) for k, v in metrics.items()}
+                    row["steps_per_second"] = (done - since) / (time.perf_counter() - started)
+                    last = evaluate is not None and (done % evaluate_every == 0 or done == steps)
+                    if last and evaluate is not None:
+                        row |= evaluate(state)
+                    rows.add(done, row)
+                    words = ", ".join(f"{k} {v:.4g}" for k, v in row.items())
+                    console.print(f"step {done}: {words}", highlight=False, soft_wrap=True)
+                    started, since = time.perf_counter(), done
+                if done % save_every == 0 or done == steps or signals.received:
+                    manager.save(done, args=ocp.args.StandardSave(state))
+                if signals.received:
+                    manager.wait_until_finished()
+                    raise KeyboardInterrupt(f"stopped at step {done}; go on with --resume")
+    return state
+
+
+class Signals:
+    """Remembers SIGINT and SIGTERM, so that a step is never cut in half."""
+
+    def __init__(self):
+        self.received = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number, frame):
+        self.received = True
+
+
+class Metrics:
+    """A CSV of one row a logged step; rows of steps that a resumed run repeats are dropped."""
+
+    def __init__(self, path: Path, first: int):
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
+        if first and path.is_file():
+            with path.open(newline="") as file:
+                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= first]
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes the file anew with one more row, whole or not at all."""
+        self.rows.append({"step": step, **values})
+        if jax.process_index():
+            return
+        names = list(dict.fromkeys(name for row in self.rows for name in row))
+        aside = self.path.with_suffix(".part")
+        with aside.open("w", newline="") as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(self.rows)
+        os.replace(aside, self.path)
+
+
+def _claim(directory: Path, identity: dict[str, Any], resume: bool) -> None:
+    """Makes the directory of a run, or checks that it is of this one."""
+    file = directory / "recipe.json"
+    identity = json.loads(json.dumps(identity))
+    if not directory.exists():
+        if jax.process_index() == 0:
+            directory.mkdir(parents=True)
+            file.write_text(json.dumps(identity, indent=2))
+        return
+    if not resume:
+        raise ValueError(f"{directory} exists; choose another --out, or go on with --resume")
+    try:
+        before = json.loads(file.read_text())
+    except (OSError, json.JSONDecodeError):
+        raise ValueError(f"{directory} is not a run of this recipe: no {file.name}") from None
+    changed = [k for k in {**before, **identity} if before.get(k) != identity.get(k)]
+    if changed:
+        k = changed[0]
+        raise ValueError(
+            f"{directory} was trained with {k} {before.get(k)!r}, not {identity.get(k)!r}; "
+            "resume with the same recipe, or choose another --out"
+        )
+
+
+def load_recipe(path: str | Path, kind: type) -> Any:
+    """The `recipe` that an executable config defines.
+
+    Raises:
+      ValueError: if the file is missing, fails, or defines none of that kind.
+    """
+    try:
+        recipe = runpy.run_path(str(path)).get("recipe")
+    except Exception as error:  # whatever a config raises
+        raise ValueError(f"cannot run the config {path}: {error}") from None
+    if not isinstance(recipe, kind):
+        raise ValueError(f"{path} must define `recipe`, a {kind.__name__}; found {recipe!r}")
+    return recipe
+
+
+def program(main: Callable[[], None], name: str) -> None:
+    """Runs a script's `main`: bad input ends it with one clear line."""
+    try:
+        main()
+    except (ValueError, TypeError, OSError) as error:
+        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt as error:
+        print(f"{name}: {str(error) or 'interrupted'}", file=sys.stderr)
+        sys.exit(130)
+
+
+def mean_of(parts: list[Any]) -> Any:
+    """The mean of equal pytrees of scalars."""
+    return jax.tree.map(lambda *leaves: jnp.mean(jnp.stack(leaves)), *parts)

@@ -1,0 +1,380 @@
+"""Trains a Mixtral-style language model and writes it in Hugging Face form.
+
+    uv run python train/moe_lm.py --config train/configs/moe_minutes.py --out minutes
+
+Read the configs: each says what it trains, how long that takes and what comes out. The folder then
+holds `model/` (config.json, model.safetensors, tokenizer.json: what `mcjax compress` reads),
+`held_out.txt`, `metrics.csv`, `loss.png` and `checkpoints/`. Stopped by a signal or a crash, the
+same command with --resume goes on and ends with the very same parameters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import os
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import PartitionSpec as P
+from loop import State, adamw, data_mesh, fit, global_batch, load_recipe, program
+from recipe import LanguageRecipe
+
+from mcjax.convert import write_hugging_face
+from mcjax.models import Mixtral, MixtralConfig
+from mcjax.text import encode_file, perplexity, spread, windows
+
+
+def losses(module: Mixtral, params: Any, tokens: jax.Array, axis: str | None = None):
+    """Cross-entropy and the router's two losses.
+
+    ``balance = E sum_e f_e P_e`` with f_e the share of routed tokens that expert e got and P_e its
+    mean probability, 1 when even; ``z = mean(logsumexp(logits)^2)``; both are means over layers.
+
+    Args:
+      module: the model.
+      params: its parameters.
+      tokens: int [B, T + 1].
+      axis: a mapped axis over which B is shared, whose means are taken.
+
+    Returns:
+      Cross-entropy, balance, z, and the least share of tokens that any expert of any layer got,
+      times E; scalars.
+    """
+    c = module.config
+
+    def mean(x):
+        return x if axis is None else jax.lax.pmean(x, axis)
+
+    logits, seen = module.apply({"params": params}, tokens[:, :-1], mutable=["router"])
+    logits = logits.astype(jnp.float32)
+    entropy = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+    router = jnp.stack(jax.tree.leaves(seen["router"]))  # [L, N, E]
+    _, index = jax.lax.top_k(router, c.num_experts_per_tok)
+    routed = jax.nn.one_hot(index, c.num_local_experts).sum(-2) / c.num_experts_per_tok
+    share = mean(routed.mean(1))
+    probability = mean(jax.nn.softmax(router).mean(1))
+    balance = c.num_local_experts * jnp.sum(share * probability, axis=-1).mean()
+    z = mean(jnp.mean(jax.nn.logsumexp(router, axis=-1) ** 2))
+    return mean(entropy), balance, z, jnp.min(share) * c.num_local_experts
+
+
+def make_step(module: Mixtral, recipe: LanguageRecipe, optimiser, mesh):
+    """The jitted training step: each device routes and computes its own sequences."""
+    shared = jax.shard_map(
+        partial(losses, module, axis="data"),
+        mesh=mesh,
+        in_specs=(P(), P("data")),
+        out_specs=P(),
+        check_vma=False,
+    )
+
+    def objective(params, tokens):
+        entropy, balance, z, least = shared(params, tokens)
+        total = entropy + recipe.balance * balance + recipe.router_z * z
+        return total, {"loss": entropy, "balance": balance, "z": z, "least_used": least}
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(state: State, tokens: jax.Array) -> tuple[State, dict[str, jax.Array]]:
+        (_, metrics), gradient = jax.value_and_grad(objective, has_aux=True)(state.params, tokens)
+        update, opt = optimiser.update(gradient, state.optimiser, state.params)
+        metrics["gradient_norm"] = optax.global_norm(gradient)
+        params = optax.apply_updates(state.params, update)
+        return State(state.step + 1, params, opt), metrics
+
+    return step
+
+
+class FileCorpus:
+    """Tokens of whole texts in memory; a row of a batch is a window at a random place."""
+
+    def __init__(self, tokens: np.ndarray, length: int):
+        self.tokens, self.length = tokens, length
+
+    def row(self, seed: int, step: int, i: int) -> np.ndarray:
+        """Int32 [length], a pure function of its arguments."""
+        start = np.random.default_rng((seed, step, i)).integers(len(self.tokens) - self.length + 1)
+        return self.tokens[start : start + self.length]
+
+
+class TfdsCorpus:
+    """Documents of a TFDS data source; a row starts in a random one and runs on into the next."""
+
+    def __init__(self, source: Any, tokenizer: Any, length: int):
+        self.source, self.tokenizer, self.length = source, tokenizer, length
+
+    def row(self, seed: int, step: int, i: int) -> np.ndarray:
+        """Int32 [length], a pure function of its arguments."""
+        rng = np.random.default_rng((seed, step, i))
+        document, row = int(rng.integers(len(self.source))), np.empty(0, np.int32)
+        while len(row) < self.length:
+            ids = self.tokenizer.encode(self.text(document), add_special_tokens=False).ids
+            if not len(row) and len(ids) > self.length:
+                ids = ids[int(rng.integers(len(ids) - self.length + 1)) :]
+            row = np.concatenate([row, np.asarray(ids, np.int32)])
+            document = (document + 1) % len(self.source)
+        return row[: self.length]
+
+    def text(self, document: int) -> str:
+        """One document."""
+        return self.source[document]["text"].decode("utf-8", "replace") + "\n"
+
+
+def read_text(paths: list[Path], held_out: float) -> tuple[str, str]:
+    """Training and held-out text: files joined, cut at a line so that the end is held out.
+
+    Raises:
+      ValueError: if a file cannot be read or nothing is left to train on.
+    """
+    parts = []
+    for path in paths:
+        try:
+            parts.append(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"cannot read the text {path}: {error}") from None
+    text = "\n".join(parts)
+    cut = text.find("\n", int(len(text) * (1 - held_out)))
+    if cut < 0 or not text[:cut].strip() or not text[cut:].strip():
+        raise ValueError(
+            f"the training text is too short: {len(text)} characters; {held_out:.0%} of its end, "
+            "from a line break on, is held out"
+        )
+    return text[:cut], text[cut + 1 :]
+
+
+def train_tokenizer(texts, vocab_size: int, path: Path) -> None:
+    """A byte-level BPE tokenizer of exactly `vocab_size` tokens at most, written whole."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(texts, vocab_size=vocab_size, show_progress=False)
+    tokenizer.save(str(path.with_suffix(".part")))
+    os.replace(path.with_suffix(".part"), path)
+
+
+def prepare(recipe: LanguageRecipe, text: list[str], tokenizer: Path | None, work: Path):
+    """Corpus, validation windows, and the identity of the text, from files or TFDS.
+
+    Writes `tokenizer.json` and `held_out.txt` to `work`.
+    """
+    length = recipe.seq_len + 1
+    if text and text[0].startswith("tfds:"):
+        return _prepare_tfds(recipe, text[0].removeprefix("tfds:"), tokenizer, work)
+    training, held_out = read_text([Path(path) for path in text], recipe.held_out)
+    _tokenizer(tokenizer, [training], recipe, work)
+    for name, part in (("training", training), ("held_out", held_out)):
+        (work / f"{name}.txt").write_text(part, encoding="utf-8")
+    tokens, validation = (
+        encode_file(work / "tokenizer.json", work / f"{name}.txt", recipe.model.vocab_size)
+        for name in ("training", "held_out")
+    )
+    (work / "training.txt").unlink()
+    if len(tokens) < length:
+        raise ValueError(
+            f"the training text has {len(tokens)} tokens, fewer than one sequence of {length}; "
+            "give more text or a smaller seq_len"
+        )
+    digest = hashlib.sha256(tokens.tobytes()).hexdigest()
+    return FileCorpus(tokens, length), windows(validation, recipe.seq_len, "held-out text"), digest
+
+
+def _prepare_tfds(recipe, name, tokenizer, work):
+    from tokenizers import Tokenizer
+
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError:
+        raise ValueError("tfds: needs tensorflow-datasets; pip install 'mcjax[train]'") from None
+    try:
+        source = tfds.data_source(name, split="train")
+    except Exception as error:  # TFDS raises many kinds
+        raise ValueError(f"cannot open tfds:{name}: {str(error).splitlines()[0]}") from None
+    if len(source) < 2 or "text" not in source[0]:
+        raise ValueError(f"tfds:{name} must have at least 2 documents with a feature 'text'")
+    count = min(max(1, int(len(source) * recipe.held_out)), 1000)
+    documents = TfdsCorpus(source, None, 0)
+    held_out = [documents.text(len(source) - 1 - i) for i in range(count)]
+    some = range(0, len(source) - count, max(1, (len(source) - count) // 20_000))
+    _tokenizer(tokenizer, (documents.text(i) for i in some), recipe, work)
+    (work / "held_out.txt").write_text("".join(held_out), encoding="utf-8")
+    encoder = Tokenizer.from_file(str(work / "tokenizer.json"))
+    validation = encode_file(
+        work / "tokenizer.json", work / "held_out.txt", recipe.model.vocab_size
+    )
+    training = _First(source, len(source) - count)
+    corpus = TfdsCorpus(training, encoder, recipe.seq_len + 1)
+    return corpus, windows(validation, recipe.seq_len, "held-out text"), f"{name}/{len(source)}"
+
+
+class _First:
+    """The first `count` elements of a source."""
+
+    def __init__(self, source, count):
+        self.source, self.count = source, count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, i):
+        return self.source[i]
+
+
+def _tokenizer(given: Path | None, texts, recipe: LanguageRecipe, work: Path) -> None:
+    own = work / "tokenizer.json"
+    if given is not None:
+        shutil.copyfile(given, own)
+    elif not own.exists():
+        train_tokenizer(texts, recipe.model.vocab_size, own)
+
+
+def train(
+    recipe: LanguageRecipe,
+    out: Path,
+    *,
+    text: list[str],
+    tokenizer: Path | None = None,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Trains and exports; see the module's docstring for what `out` then holds.
+
+    Returns:
+      The last row of metrics.
+
+    Raises:
+      ValueError: for text, recipe or folder that cannot be used.
+    """
+    mesh = data_mesh()
+    if recipe.batch_size % mesh.size:
+        raise ValueError(
+            f"recipe: batch_size {recipe.batch_size} cannot be shared by {mesh.size} devices"
+        )
+    if out.exists() and not resume:
+        raise ValueError(f"{out} exists; choose another --out, or go on with --resume")
+    work = out.with_name(out.name + ".text")
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        corpus, validation, digest = prepare(recipe, text, tokenizer, work)
+        module = Mixtral(recipe.model, dtype=jnp.dtype(recipe.dtype))
+        optimiser = adamw(
+            learning_rate=recipe.learning_rate,
+            warmup=recipe.warmup,
+            steps=recipe.steps,
+            weight_decay=recipe.weight_decay,
+            clip=recipe.clip,
+        )
+        sample = np.zeros((1, 2), np.int32)
+        params = jax.jit(module.init)(jax.random.key(recipe.seed), sample)["params"]
+        state = State(jnp.zeros((), jnp.int32), params, optimiser.init(params))
+        shape = (recipe.batch_size, recipe.seq_len + 1)
+        last: dict[str, Any] = {}
+
+        def evaluate(state):
+            some = spread(validation, 64)
+            last["perplexity"] = perplexity(module, jax.device_get(state.params), some)[0]
+            return dict(last)
+
+        state = fit(
+            out,
+            state,
+            make_step(module, recipe, optimiser, mesh),
+            lambda i: global_batch(mesh, shape, partial(corpus.row, recipe.seed, i)),
+            mesh=mesh,
+            steps=recipe.steps,
+            identity=recipe.to_dict() | {"text": digest},
+            resume=resume,
+            save_every=recipe.save_every,
+            log_every=recipe.log_every,
+            evaluate=evaluate,
+            evaluate_every=recipe.evaluate_every,
+        )
+        if jax.process_index() == 0:
+            export(out, work, recipe.model, jax.device_get(state.params))
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return last
+
+
+def export(out: Path, work: Path, config: MixtralConfig, params: Any) -> None:
+    """Writes `model/`, `held_out.txt` and `loss.png`."""
+    aside = out / "model.part"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    write_hugging_face(aside, config, params)
+    shutil.copyfile(work / "tokenizer.json", aside / "tokenizer.json")
+    shutil.copyfile(work / "held_out.txt", out / "held_out.txt")
+    shutil.rmtree(out / "model", ignore_errors=True)
+    os.replace(aside, out / "model")
+    plot(out / "metrics.csv", out / "loss.png")
+
+
+def plot(metrics: Path, file: Path) -> None:
+    """Draws the loss, and the validation's, against the steps."""
+    import csv
+
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    with metrics.open(newline="") as source:
+        rows = list(csv.DictReader(source))
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    axis.plot([int(r["step"]) for r in rows], [float(r["loss"]) for r in rows], label="training")
+    tested = [(int(r["step"]), np.log(float(r["perplexity"]))) for r in rows if r.get("perplexity")]
+    if tested:
+        axis.plot(*zip(*tested, strict=True), "o-", label="held out")
+    axis.set(xlabel="step", ylabel="cross-entropy (nats a token)")
+    axis.legend()
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Reads the command line and trains."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="a file of train/configs")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
+    parser.add_argument(
+        "--text",
+        action="append",
+        metavar="FILE|tfds:NAME",
+        help="train on this instead of the config's text; repeat for more files",
+    )
+    parser.add_argument("--tokenizer", type=Path, help="a tokenizer.json to use")
+    parser.add_argument("--steps", type=int, help="instead of the config's")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument(
+        "--distributed", action="store_true", help="one process of many, as on a TPU pod"
+    )
+    arguments = parser.parse_args()
+    if arguments.distributed:
+        jax.distributed.initialize()
+    recipe = load_recipe(arguments.config, LanguageRecipe)
+    if arguments.steps is not None:
+        recipe = dataclasses.replace(recipe, steps=arguments.steps)
+    beside = Path(arguments.config).parent
+    text = arguments.text or [t if ":" in t else str(beside / t) for t in recipe.text]
+    if not text:
+        raise ValueError(f"{arguments.config} names no text; give --text FILE or tfds:NAME")
+    last = train(
+        recipe,
+        arguments.out,
+        text=text,
+        tokenizer=arguments.tokenizer,
+        resume=arguments.resume,
+    )
+    print(f"{arguments.out}/model: held-out perplexity {last.get('perplexity', float('nan')):.2f}")
+
+
+if __name__ == "__main__":
+    program(main, "moe_lm")
