@@ -14,7 +14,10 @@ from jax import lax
 from mcjax import odp
 from mcjax.bitplane import BitPlanes
 from mcjax.models.config import MixtralConfig
-from mcjax.models.mixtral import Layer, route, router_logits
+from mcjax.models.mixtral import Layer, route, router_logits, swiglu_experts
+
+STAND_IN_FLOOR = 1e-3
+"""How much of its layer's moments each expert's stand-in is fitted on as well."""
 
 
 class LayerGrams(NamedTuple):
@@ -155,39 +158,69 @@ def expert_errors(
     return lax.map(one_expert, (moe["experts"], planes, weight.T))
 
 
+class _Moments(NamedTuple):
+    """Sums with weight w^2 over tokens that have e at rank 1 or lower; f0 is their first's output.
+
+    Attributes:
+      share: [E], of 1.
+      output: [E, D], of f_e.
+      first: [E, D], of f0.
+      cross: [E], of f_e . f0.
+      square: [E], of f0 . f0.
+    """
+
+    share: Any
+    output: Any
+    first: Any
+    cross: Any
+    square: Any
+
+
 @partial(jax.jit, static_argnames=("config",))
-def lower_ranked(config: MixtralConfig, moe: Any, tokens: jax.Array) -> tuple[jax.Array, ...]:
-    """What pruning needs to know of the experts after each token's first.
+def _lower_ranked(config: MixtralConfig, moe: Any, tokens: jax.Array):
+    """Ratios w_j / w_0 [N, K - 1] and `_Moments` of tokens [N, D]."""
+    k = config.num_experts_per_tok
+    weights, index = route(router_logits(tokens, moe["router"]), k)
+    e = moe["experts"]
+    rows = jnp.repeat(tokens, k, axis=0)
+    f = swiglu_experts(e["gate"], e["up"], e["down"], rows, index.reshape(-1))
+    f = f.reshape(*index.shape, -1)
+    first, rest = f[:, :1], f[:, 1:]
+    one_hot = jax.nn.one_hot(index[:, 1:], config.num_local_experts, dtype=jnp.float32)
+    share = one_hot * weights[:, 1:, None] ** 2  # [N, K - 1, E]
+
+    def total(value):
+        value = jnp.broadcast_to(value, (*share.shape[:2], value.shape[-1]))
+        return jnp.einsum("tje,tjd->ed", share, value)
+
+    moments = _Moments(
+        jnp.sum(share, axis=(0, 1)),
+        total(rest),
+        total(first),
+        total(jnp.sum(rest * first, axis=-1, keepdims=True))[:, 0],
+        total(jnp.sum(first**2, axis=-1, keepdims=True))[:, 0],
+    )
+    return weights[:, 1:] / weights[:, :1], moments
+
+
+def pruning_statistics(config: MixtralConfig, moe: Any, batches: Iterable) -> odp.PruningStatistics:
+    """`mcjax.odp`'s statistics of one layer.
 
     Args:
       config: for the routing.
       moe: the block's dense parameters, `router` and `experts`.
-      tokens: the block's inputs [N, D].
+      batches: the block's inputs [N, D].
 
     Returns:
-      Ratios w_j / w_0 float32 [N, K - 1], sums [E, D] of ``w^2 f_e(x)`` and [E] of ``w^2``, over
-      the tokens that have e at rank 1 or lower; the sums are to be added over batches.
+      Thresholds and the fits that stand in for skipped experts.
     """
-    logits = router_logits(tokens, moe["router"])
-    weights, index = route(logits, config.num_experts_per_tok)
-    one_hot = jax.nn.one_hot(index[:, 1:], config.num_local_experts, dtype=jnp.float32)
-    share = jnp.sum(one_hot * weights[:, 1:, None], axis=1) ** 2
-
-    def one_expert(expert):
-        weight, share = expert
-        hidden = jax.nn.silu(tokens @ weight["gate"]) * (tokens @ weight["up"])
-        return (share @ hidden) @ weight["down"]
-
-    total = lax.map(one_expert, (moe["experts"], share.T))
-    return weights[:, 1:] / weights[:, :1], total, jnp.sum(share, axis=0)
-
-
-def pruning_statistics(config: MixtralConfig, moe: Any, batches: Iterable) -> odp.PruningStatistics:
-    """`mcjax.odp`'s statistics of one layer, from its block's inputs [N, D], batch by batch."""
-    ratios, totals, shares = zip(*(lower_ranked(config, moe, b) for b in batches), strict=True)
+    ratios, moments = zip(*(_lower_ranked(config, moe, b) for b in batches), strict=True)
     ratio = np.quantile(np.concatenate(ratios), odp.LEVELS, axis=0).T
-    total, share = sum(totals), sum(shares)
-    layer_mean = jnp.sum(total, axis=0) / jnp.maximum(jnp.sum(share), 1e-9)
-    mean = total / jnp.where(share > 0, share, 1)[:, None]
-    stand_in = jnp.where((share > 0)[:, None], mean, layer_mean)
-    return odp.PruningStatistics(jnp.asarray(ratio, jnp.float32), stand_in)
+    m = jax.tree.map(lambda *parts: np.sum(np.asarray(parts, np.float64), axis=0), *moments)
+    m = jax.tree.map(lambda a: a + STAND_IN_FLOOR * np.sum(a, axis=0, keepdims=True), m)
+    share = np.maximum(m.share, 1e-12)
+    output, first = m.output / share[:, None], m.first / share[:, None]
+    cross = m.cross / share - np.sum(output * first, axis=1)
+    square = m.square / share - np.sum(first**2, axis=1)
+    slope = cross / np.maximum(square, 1e-12)
+    return odp.PruningStatistics(ratio, slope, output - slope[:, None] * first)

@@ -26,10 +26,11 @@ import numpy as np
 
 from mcjax.bitplane import BitPlanes, MixedPlanes
 from mcjax.convert import read_json
+from mcjax.odp import PruningStatistics
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
-STAND_IN = "moe.stand_in"
+INTERCEPT = "moe.intercept"
 EXPERT_WEIGHTS = ("gate", "up", "down")
 
 
@@ -235,7 +236,7 @@ def read_layer(
     names = list(reader.manifest["checksums"][checkpoint])
     geometry = reader.manifest["geometry"]
     if loaded is None:
-        dense = [n for n in names if ".plane_" not in n and ".table_" not in n and n != STAND_IN]
+        dense = [n for n in names if ".plane_" not in n and ".table_" not in n and n != INTERCEPT]
         params = _read_dense(reader, checkpoint, dense)
         params["attention"] = {}
         for p in "qkvo":
@@ -270,9 +271,15 @@ def read_layer(
     return params
 
 
-def read_stand_in(reader: ArtifactReader, i: int) -> jax.Array:
-    """What `mcjax.odp` puts in place of layer i's skipped experts, [E, D]."""
-    return jax.numpy.asarray(reader.read([(f"layers/{i}", STAND_IN, None)])[0])
+def read_pruning(reader: ArtifactReader) -> list[PruningStatistics]:
+    """What `mcjax.odp` needs of every layer."""
+    kept = reader.manifest["statistics"]
+    layers = range(len(kept["ratio"]))
+    intercepts = reader.read((f"layers/{i}", INTERCEPT, None) for i in layers)
+    return [
+        PruningStatistics(np.array(ratio), np.array(slope), intercept)
+        for ratio, slope, intercept in zip(kept["ratio"], kept["slope"], intercepts, strict=True)
+    ]
 
 
 def _read_experts(reader, checkpoint, leaf, allocation, geometry, held) -> MixedPlanes:

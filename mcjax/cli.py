@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 EXAMPLES = """examples:
+  mcjax demo
   mcjax compress Mixtral-8x7B-v0.1/ mixtral.mcjax --calibration c4.txt
   mcjax eval mixtral.mcjax --text wiki.txt --budget 2.05
   mcjax generate mixtral.mcjax --prompt "Once upon a time" --budget 2.5 --odp
@@ -42,10 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def program() -> None:
     """The installed command: `main`, with stdout kept for results alone.
 
-    HiGHS greets on the C library's stdout; whatever is not printed by us goes to stderr.
+    HiGHS greets on the C library's stdout, which is closed to it.
     """
     results = os.dup(1)
-    os.dup2(2, 1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.stdout = os.fdopen(results, "w")
     status = main()
     sys.stdout.flush()
@@ -61,6 +62,19 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser(
+        "demo",
+        help="the whole story on an embedded model, in minutes, without a network",
+        description="Compresses the embedded model once, serves it at five budgets beside models "
+        "that GPTQ made for each, skips experts, writes a sample; leaves artifact, figures and "
+        "plots in --out.",
+    )
+    demo.add_argument(
+        "--out", default="mcjax-demo", metavar="DIR", help="folder to write (default mcjax-demo)"
+    )
+    demo.add_argument("--json", action="store_true", help="end with one JSON object")
+    demo.set_defaults(run=_demo)
 
     compress = commands.add_parser(
         "compress",
@@ -183,9 +197,9 @@ def _add_pruning(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--odp-policy",
-        choices=["mean", "paper"],
-        help="what stands in for a skipped expert: its mean output (default), or nothing, as "
-        "published",
+        choices=["affine", "paper"],
+        help="what stands in for a skipped expert: an estimate of its output (default), or "
+        "nothing, as published",
     )
     command.add_argument(
         "--odp-quantile",
@@ -202,9 +216,29 @@ def _pruning(arguments: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("--odp-policy and --odp-quantile need --odp")
     return {
         "act_bits": arguments.act_bits,
-        "prune": (policy or "mean") if arguments.odp else None,
+        "prune": (policy or "affine") if arguments.odp else None,
         "quantile": QUANTILE if quantile is None else quantile,
     }
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from mcjax.demo import demo, tables
+
+    facts = demo(arguments.out, progress=_progress)
+    if arguments.json:
+        print(json.dumps(facts))
+        return
+    console = Console(highlight=False)
+    for table in tables(facts):
+        console.print(table)
+    console.print(
+        f"16-bit model {_size(facts['model_bytes'])}; one artifact for every budget "
+        f"{_size(facts['artifact_bytes'])}; plots and artifact in {arguments.out}/\n"
+    )
+    console.print("At 2.5 bits, skipping experts, it writes:\n", style="dim")
+    console.print(facts["sample"], markup=False)
 
 
 def _compress(arguments: argparse.Namespace) -> None:

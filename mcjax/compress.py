@@ -135,11 +135,10 @@ def _run(folder, windows, directory, identity, batch_tokens, progress):
     x = np.asarray(rest["embedding"], np.float32)[windows]
     batch = max(1, min(len(windows), batch_tokens // windows.shape[1]))
     starts = range(0, len(windows), batch)
-    records = []
+    layer, records = layer_module(config, None, 0), []  # all layers are alike: one compilation
     for i in progress(range(config.num_hidden_layers), description="layers"):
         stored = folder.read_layer(i)
         params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), stored)
-        layer = layer_module(config, None, i)
         done = directory / f"layer_{i}.json"
         if not done.exists():
             shutil.rmtree(directory / "layers" / str(i), ignore_errors=True)
@@ -164,7 +163,7 @@ def _run(folder, windows, directory, identity, batch_tokens, progress):
             "bits": records[0]["bits"],
             **{
                 name: [record[name] for record in records]
-                for name in ("frequency", "routing_weight", "error", "ratio")
+                for name in ("frequency", "routing_weight", "error", "ratio", "slope")
             },
             "tokens": records[0]["tokens"],
         },
@@ -215,12 +214,13 @@ def _quantize_layer(layer, params, x, starts, batch, identity):
         "frequency": np.asarray(grams.frequency).tolist(),
         "routing_weight": np.asarray(grams.routing_weight).tolist(),
         "error": np.sqrt(np.asarray(error)).tolist(),
-        "ratio": np.asarray(pruning.ratio).tolist(),
+        "ratio": pruning.ratio.tolist(),
+        "slope": pruning.slope.tolist(),
         "tokens": int(grams.tokens),
         "geometry": {name: _geometry(p) for name, p in planes.items()},
     }
-    stand_in = np.asarray(pruning.stand_in).astype(ml_dtypes.bfloat16)
-    return record, {"attention": attention, "moe": {"experts": experts, "stand_in": stand_in}}
+    intercept = pruning.intercept.astype(ml_dtypes.bfloat16)
+    return record, {"attention": attention, "moe": {"experts": experts, "intercept": intercept}}
 
 
 @partial(jax.jit, static_argnames="layer")

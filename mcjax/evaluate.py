@@ -44,7 +44,7 @@ def evaluate(
       bits: one width for every expert, for an artifact.
       seq_len: tokens in a window.
       max_tokens: use only the first windows, up to so many tokens.
-      prune: the policy by which `mcjax.odp` skips experts, "mean" or "paper"; None skips none.
+      prune: the policy by which `mcjax.odp` skips experts, "affine" or "paper"; None skips none.
       quantile: share of the lower-ranked experts that is skipped on calibration text.
       calibration: a text file, for pruning in a Hugging Face folder; artifacts carry their own.
       act_bits: 8 rounds activations to int8 before products with an artifact's planes.
@@ -92,9 +92,7 @@ def evaluate(
             some = text.spread(text.windows(tokens, seq_len, "calibration text"), 128)
             params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
             statistics = dense_pruning_statistics(config, params, some)
-            ratio = np.stack([np.asarray(s.ratio) for s in statistics])
-            stand_in = [s.stand_in for s in statistics]
-            params = serving.with_pruning(params, ratio, stand_in, prune, quantile)
+            params = serving.with_pruning(params, statistics, prune, quantile)
             module = module.clone(prune=prune)
     windows = _windows(tokenizer_path, text_path, config, seq_len, max_tokens)
     start = time.perf_counter()
@@ -118,9 +116,9 @@ def dense_pruning_statistics(
     batch = max(1, min(len(windows), batch_tokens // windows.shape[1]))
     x = [params["embedding"][windows[s : s + batch]] for s in range(0, len(windows), batch)]
     statistics = []
+    run = jax.jit(partial(capture, layer(config, None, 0)))
     for i in range(config.num_hidden_layers):
         own = params[f"layer_{i}"]
-        run = jax.jit(partial(capture, layer(config, None, i)))
         captured = [run(own, hidden) for hidden in x]
         x = [hidden for hidden, _ in captured]
         inputs = (seen["moe_input"].reshape(-1, config.hidden_size) for _, seen in captured)

@@ -12,8 +12,10 @@ protects it (ours).
 What takes a skipped expert's place is the policy:
 
 * ``"paper"``: nothing, and the remaining weights are divided by their sum.
-* ``"mean"`` (ours, the default): the expert's mean output on calibration text, one stored vector,
-  under its own weight. At equal skips it costs less than half as much, see benchmarks/README.md.
+* ``"affine"`` (ours, the default): an estimate of the expert's output from that of the token's
+  first expert, ``f_e(x) = intercept_e + slope_e f_first(x)``, under the expert's own weight. One
+  vector and one number for each expert, fitted on calibration text. At equal skips it costs less
+  than half as much as the paper's policy, see benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-POLICIES = ("mean", "paper")
+POLICIES = ("affine", "paper")
 QUANTILE = 0.3
 """Share of lower-ranked experts that falls under mu on calibration text; of two, 15 % of all."""
 
@@ -38,12 +40,14 @@ class PruningStatistics(NamedTuple):
 
     Attributes:
       ratio: float32 [K - 1, 101], quantiles of w_j / w_0 for j = 1..K-1 at `LEVELS`.
-      stand_in: float32 [E, D], each expert's output, averaged with weight w^2 over the tokens
-        that have it at rank 1 or lower; the layer's average where there are none.
+      slope: float32 [E], least squares with weight w^2 over the tokens that have the expert at rank
+        1 or lower; likewise `intercept`. Experts that have few lean on their layer's.
+      intercept: float32 [E, D].
     """
 
-    ratio: jax.Array
-    stand_in: jax.Array
+    ratio: np.ndarray
+    slope: np.ndarray
+    intercept: np.ndarray
 
 
 def token_importance(

@@ -144,7 +144,7 @@ def load(
       attention_bits: width of the attention's weights, 4 or 8.
       dtype: of activations.
       act_bits: None, or 8 to round activations to int8 before products with planes.
-      prune: None, or the policy by which `mcjax.odp` skips experts, "mean" or "paper".
+      prune: None, or the policy by which `mcjax.odp` skips experts, "affine" or "paper".
       quantile: share of the lower-ranked experts that is skipped on calibration text.
 
     Returns:
@@ -167,9 +167,7 @@ def load(
     for i, mine in enumerate(widths):
         params[f"layer_{i}"] = checkpoint.read_layer(reader, i, mine, attention_bits)
     if prune is not None:
-        ratio = np.array(manifest["statistics"]["ratio"], np.float32)
-        stand_in = [checkpoint.read_stand_in(reader, i) for i in range(len(widths))]
-        params = with_pruning(params, ratio, stand_in, prune, quantile)
+        params = with_pruning(params, checkpoint.read_pruning(reader), prune, quantile)
     return Model(
         params=params,
         module=Mixtral(config, spec, dtype, act_bits, prune),
@@ -181,8 +179,7 @@ def load(
 
 def with_pruning(
     params: Any,
-    ratio: np.ndarray,
-    stand_in: Sequence[jax.Array],
+    statistics: Sequence[odp.PruningStatistics],
     policy: str,
     quantile: float = odp.QUANTILE,
 ) -> Any:
@@ -190,9 +187,8 @@ def with_pruning(
 
     Args:
       params: of a Mixtral, dense or planes.
-      ratio: [L, K - 1, 101] of `mcjax.odp.PruningStatistics`, stacked over layers.
-      stand_in: [E, D] for each layer.
-      policy: "mean" or "paper".
+      statistics: of each layer.
+      policy: "affine" or "paper".
       quantile: as in `load`.
 
     Raises:
@@ -201,11 +197,12 @@ def with_pruning(
     if policy not in odp.POLICIES:
         raise ValueError(f"unknown pruning policy {policy!r}; one of {odp.POLICIES}")
     params = dict(params)
-    for i, threshold in enumerate(odp.thresholds(ratio, quantile)):
+    for i, of_layer in enumerate(statistics):
         layer = params[f"layer_{i}"]
-        more = {"threshold": jnp.asarray(threshold)}
-        if policy == "mean":
-            more["stand_in"] = stand_in[i]
+        more = {"threshold": jnp.asarray(odp.thresholds(of_layer.ratio, quantile))}
+        if policy == "affine":
+            more["slope"] = jnp.asarray(of_layer.slope, jnp.float32)
+            more["intercept"] = jnp.asarray(of_layer.intercept)
         params[f"layer_{i}"] = {**layer, "moe": {**layer["moe"], **more}}
     return params
 

@@ -1,5 +1,8 @@
 """A small random Mixtral folder, its artifact, and strict promotion for every test."""
 
+import sys
+from pathlib import Path
+
 import jax
 import ml_dtypes
 import numpy as np
@@ -8,6 +11,8 @@ import pytest
 from mcjax.compress import compress
 from mcjax.convert import write_hugging_face
 from mcjax.models import Mixtral, MixtralConfig
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "train"))  # the scripts' own imports
 
 CONFIG = MixtralConfig(
     vocab_size=300,

@@ -50,7 +50,7 @@ def test_greedy_is_the_full_forward_pass(artifact):
         prompt.append(token)
 
 
-@pytest.mark.parametrize("prune", [None, "mean"])
+@pytest.mark.parametrize("prune", [None, "affine"])
 def test_batch_equals_single_prompts(artifact, prune):
     model = mcjax.load(artifact, bits=3, prune=prune)
     together = np.stack(list(generate.generate(model.module, model.params, PROMPTS, 6)), axis=1)

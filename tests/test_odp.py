@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 
 import mcjax
 from mcjax import odp
+from mcjax.calibrate import pruning_statistics
 from mcjax.convert import HuggingFaceFolder
 from mcjax.evaluate import dense_pruning_statistics, evaluate
 from mcjax.models import Mixtral
+from mcjax.models.mixtral import MoE, route, router_logits, swiglu_experts
 from mcjax.ops import expert_map
 from mcjax.serving import with_pruning
 
@@ -71,7 +73,7 @@ def test_bad_values():
     with pytest.raises(ValueError, match=r"0 to 1, got 1\.5"):
         odp.thresholds(np.zeros((2, 1, 101)), 1.5)
     with pytest.raises(ValueError, match="unknown pruning policy 'best'"):
-        with_pruning({}, np.zeros((0, 1, 101)), [], "best")
+        with_pruning({}, [], "best")
 
 
 def test_skipped_rows_reach_no_expert():
@@ -99,9 +101,7 @@ def test_block_by_hand(model_folder, policy):
     params = folder.read(np.float32)
     tokens = np.random.default_rng(1).integers(0, 300, (2, 32))
     statistics = dense_pruning_statistics(folder.config, params, tokens)
-    ratio = np.stack([s.ratio for s in statistics])
-    stand_in = [s.stand_in for s in statistics]
-    pruned = with_pruning(params, ratio, stand_in, policy, 0.5)
+    pruned = with_pruning(params, statistics, policy, 0.5)
     module = Mixtral(folder.config, prune=policy)
     _, seen = module.apply({"params": pruned}, tokens, mutable=["odp", "calibration"])
     skipped = 1 - np.mean([np.asarray(s["moe"]["keep"][0]) for s in seen["odp"].values()])
@@ -110,9 +110,6 @@ def test_block_by_hand(model_folder, policy):
     block = pruned["layer_1"]["moe"]
     x = np.asarray(seen["calibration"]["layer_1"]["moe"]["moe_input"][0]).reshape(-1, 96)
     keep = np.asarray(seen["odp"]["layer_1"]["moe"]["keep"][0])
-    got = module.bind({"params": pruned})  # noqa: F841
-    from mcjax.models.mixtral import MoE
-
     y = MoE(folder.config, prune=policy).apply(
         {"params": block}, x[None], keep.all(axis=-1)[None] & True
     )[0]
@@ -129,7 +126,8 @@ def test_block_by_hand(model_folder, policy):
         elif policy == "paper":
             expected = f[0]
         else:
-            expected = w[0] * f[0] + w[1] * np.asarray(stand_in[1][second])
+            _, slope, intercept = statistics[1]
+            expected = w[0] * f[0] + w[1] * (intercept[second] + slope[second] * f[0])
         np.testing.assert_allclose(y[t], expected, atol=2e-5)
 
 
@@ -143,12 +141,32 @@ def test_served_from_the_artifact(artifact, text_file, model_folder):
         none = evaluate(artifact, text_file, budget=2.5, prune=policy, quantile=0.0, **common)
         assert none["experts_pruned"] == 0
         assert abs(none["perplexity"] - plain["perplexity"]) < 1e-3
-    dense = evaluate(
-        model_folder, text_file, prune="mean", calibration=text_file, **common
-    )  # fmt: skip
+    dense = evaluate(model_folder, text_file, prune="affine", calibration=text_file, **common)
     assert 0.1 < dense["experts_pruned"] < 0.2
-    refined = mcjax.load(artifact, bits=1, prune="mean").refine(bits=3)
+    refined = mcjax.load(artifact, bits=1, prune="affine").refine(bits=3)
     tokens = np.arange(20)[None]
     np.testing.assert_array_equal(
-        refined(tokens), mcjax.load(artifact, bits=3, prune="mean")(tokens)
+        refined(tokens), mcjax.load(artifact, bits=3, prune="affine")(tokens)
     )
+
+
+def test_stand_ins_are_the_weighted_least_squares(model_folder):
+    """`slope` and `intercept` against numpy's solver, for an expert with many tokens."""
+    folder = HuggingFaceFolder(model_folder)
+    moe = folder.read(np.float32)["layer_0"]["moe"]
+    x = np.random.default_rng(0).normal(size=(2, 400, 96)).astype(np.float32)
+    statistics = pruning_statistics(folder.config, moe, list(x))
+    tokens = x.reshape(-1, 96)
+    weights, index = map(np.asarray, route(router_logits(tokens, moe["router"]), 2))
+    e = moe["experts"]
+    rows = np.repeat(tokens, 2, axis=0)
+    f = np.asarray(swiglu_experts(e["gate"], e["up"], e["down"], rows, index.reshape(-1)))
+    f = f.reshape(-1, 2, 96)
+    mine = index[:, 1] == 2
+    first, second, w = f[mine, 0], f[mine, 1], weights[mine, 1]
+    columns = [np.kron(w[:, None], np.eye(96)), (w[:, None] * first).reshape(-1, 1)]
+    solution = np.linalg.lstsq(np.hstack(columns), (w[:, None] * second).ravel())[0]
+    np.testing.assert_allclose(statistics.slope[2], solution[-1], atol=2e-3)
+    np.testing.assert_allclose(statistics.intercept[2], solution[:-1], atol=2e-3)
+    ratio = weights[:, 1] / weights[:, 0]
+    np.testing.assert_allclose(statistics.ratio[0, 50], np.median(ratio), rtol=1e-5)

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
@@ -132,8 +131,8 @@ def fit(
         rows = Metrics(directory / "metrics.csv", first)
         console = Console(stderr=True)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Remaining())
-        signals = Signals()
-        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bar = Progress(*columns, console=console, disable=not console.is_terminal)
+        with Signals() as signals, bar as progress:
             task = progress.add_task("training", total=steps, completed=first)
             started, since = time.perf_counter(), first
             for i in range(first, steps):
@@ -160,12 +159,19 @@ def fit(
 
 
 class Signals:
-    """Remembers SIGINT and SIGTERM, so that a step is never cut in half."""
+    """While entered, remembers SIGINT and SIGTERM, so that a step is never cut in half."""
 
     def __init__(self):
         self.received = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._receive)
+
+    def __enter__(self) -> Signals:
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        self._before = {number: signal.signal(number, self._receive) for number in numbers}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _receive(self, number, frame):
         self.received = True
@@ -244,8 +250,3 @@ def program(main: Callable[[], None], name: str) -> None:
     except KeyboardInterrupt as error:
         print(f"{name}: {str(error) or 'interrupted'}", file=sys.stderr)
         sys.exit(130)
-
-
-def mean_of(parts: list[Any]) -> Any:
-    """The mean of equal pytrees of scalars."""
-    return jax.tree.map(lambda *leaves: jnp.mean(jnp.stack(leaves)), *parts)

@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import hashlib
 import os
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -86,7 +87,7 @@ def make_step(module: Mixtral, recipe: LanguageRecipe, optimiser, mesh):
     def step(state: State, tokens: jax.Array) -> tuple[State, dict[str, jax.Array]]:
         (_, metrics), gradient = jax.value_and_grad(objective, has_aux=True)(state.params, tokens)
         update, opt = optimiser.update(gradient, state.optimiser, state.params)
-        metrics["gradient_norm"] = optax.global_norm(gradient)
+        metrics["gradient_norm"] = optax.tree.norm(gradient)
         params = optax.apply_updates(state.params, update)
         return State(state.step + 1, params, opt), metrics
 
@@ -125,11 +126,12 @@ class TfdsCorpus:
 
     def text(self, document: int) -> str:
         """One document."""
-        return self.source[document]["text"].decode("utf-8", "replace") + "\n"
+        text = self.source[document]["text"]
+        return (text if isinstance(text, str) else text.decode("utf-8", "replace")) + "\n"
 
 
 def read_text(paths: list[Path], held_out: float) -> tuple[str, str]:
-    """Training and held-out text: files joined, cut at a line so that the end is held out.
+    """Training and held-out text: files joined, the end held out from a white space on.
 
     Raises:
       ValueError: if a file cannot be read or nothing is left to train on.
@@ -141,11 +143,13 @@ def read_text(paths: list[Path], held_out: float) -> tuple[str, str]:
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"cannot read the text {path}: {error}") from None
     text = "\n".join(parts)
-    cut = text.find("\n", int(len(text) * (1 - held_out)))
-    if cut < 0 or not text[:cut].strip() or not text[cut:].strip():
+    end = int(len(text) * (1 - held_out))
+    space = re.compile(r"\s").search(text, end)
+    cut = space.start() if space else 0
+    if not text[:cut].strip() or not text[cut:].strip():
         raise ValueError(
-            f"the training text is too short: {len(text)} characters; {held_out:.0%} of its end, "
-            "from a line break on, is held out"
+            f"the training text is too short: {len(text)} characters, of which the last "
+            f"{held_out:.0%} are held out"
         )
     return text[:cut], text[cut + 1 :]
 
@@ -192,7 +196,7 @@ def _prepare_tfds(recipe, name, tokenizer, work):
     try:
         import tensorflow_datasets as tfds
     except ImportError:
-        raise ValueError("tfds: needs tensorflow-datasets; pip install 'mcjax[train]'") from None
+        raise ValueError("tfds: needs the extra: pip install 'mcjax[train]'") from None
     try:
         source = tfds.data_source(name, split="train")
     except Exception as error:  # TFDS raises many kinds

@@ -201,9 +201,12 @@ class MoE(nn.Module):
                 weights = odp.renormalize(weights, keep)
             else:
                 shape = (c.num_local_experts, c.hidden_size)
-                stand_in = self.param("stand_in", nn.initializers.zeros, shape).astype(x.dtype)
-                skipped = jnp.where(keep, 0, weights).astype(x.dtype)
-                rest = jnp.sum(stand_in[index] * skipped[..., None], axis=1)
+                intercept = self.param("intercept", nn.initializers.zeros, shape).astype(x.dtype)
+                slope = self.param("slope", nn.initializers.zeros, shape[:1])
+                skipped = jnp.where(keep, 0, weights)
+                rest = jnp.sum(intercept[index] * skipped[..., None].astype(x.dtype), axis=1)
+                weights = jnp.where(keep, weights, 0)
+                weights = weights.at[:, 0].add(jnp.sum(slope[index] * skipped, axis=1))
         rows = jnp.repeat(tokens, c.num_experts_per_tok, axis=0)
         experts = Experts(c, self.widths, self.group_size, self.act_bits, name="experts")
         y = experts(rows, index.reshape(-1), None if keep is None else keep.reshape(-1))
@@ -277,7 +280,7 @@ class Mixtral(nn.Module):
       dtype: of activations and products.
       act_bits: None, or 8 to round activations to int8 before products with planes.
       prune: None, or a policy of `mcjax.odp`, for which each layer's `moe` holds a `threshold`
-        and, with "mean", a `stand_in`.
+        and, with "affine", a `slope` and an `intercept`.
     """
 
     config: MixtralConfig

@@ -1,0 +1,194 @@
+"""The language-model recipe: resuming equals not stopping, devices share a batch."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import loop
+import moe_lm
+import numpy as np
+import pytest
+from recipe import LanguageRecipe
+
+from mcjax.convert import HuggingFaceFolder
+from mcjax.evaluate import evaluate
+from mcjax.models import Mixtral, MixtralConfig
+
+TRAIN = Path(__file__).parent.parent / "train"
+RECIPE = LanguageRecipe(
+    model=MixtralConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=32,
+    ),
+    held_out=0.1,
+    seq_len=16,
+    batch_size=4,
+    steps=6,
+    warmup=2,
+    save_every=2,
+    log_every=2,
+    evaluate_every=4,
+)
+
+
+def weights(out):
+    return HuggingFaceFolder(out / "model").read()
+
+
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, text_file):
+    out = tmp_path_factory.mktemp("trained") / "run"
+    moe_lm.train(RECIPE, out, text=[str(text_file)])
+    return out
+
+
+def test_exports_what_it_trained(trained):
+    names = {p.name for p in trained.iterdir()}
+    assert {"model", "held_out.txt", "metrics.csv", "loss.png", "checkpoints"} <= names
+    rows = (trained / "metrics.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == ["step", "2", "4", "6"]
+    facts = evaluate(trained / "model", trained / "held_out.txt", seq_len=16)
+    assert facts["perplexity"] < 300
+
+
+@pytest.mark.parametrize("how", ["crash", "signal"])
+def test_resuming_equals_not_stopping(trained, tmp_path, text_file, monkeypatch, how):
+    out = tmp_path / "run"
+    row = moe_lm.FileCorpus.row
+
+    def interrupted(self, seed, step, i):
+        if step == 3:
+            if how == "crash":
+                raise RuntimeError("power cut")
+            os.kill(os.getpid(), signal.SIGTERM)
+        return row(self, seed, step, i)
+
+    monkeypatch.setattr(moe_lm.FileCorpus, "row", interrupted)
+    with pytest.raises((RuntimeError, KeyboardInterrupt), match=r"power cut|stopped at step 4"):
+        moe_lm.train(RECIPE, out, text=[str(text_file)])
+    assert not (out / "model").exists()
+    monkeypatch.undo()
+    moe_lm.train(RECIPE, out, text=[str(text_file)], resume=True)
+    same(weights(out), weights(trained))
+    columns = [
+        [line.split(",")[:3] for line in (run / "metrics.csv").read_text().splitlines()]
+        for run in (out, trained)
+    ]
+    assert columns[0][-1] == columns[1][-1]
+
+
+def test_two_devices_equal_one(tmp_path, text_file):
+    """The same gradients to float tolerance; and the batch really is shared."""
+    script = f"""
+import sys; sys.path[:0] = [{str(TRAIN)!r}, {str(Path(__file__).parent)!r}]
+import jax, numpy as np, test_train as t, moe_lm, loop
+mesh = loop.data_mesh()
+module = moe_lm.Mixtral(t.RECIPE.model)
+params = module.init(jax.random.key(0), np.zeros((1, 2), int))["params"]
+optimiser = loop.adamw(learning_rate=1e-3, warmup=0, steps=9, weight_decay=0.1, clip=1.0)
+state = loop.State(jax.numpy.zeros((), int), params, optimiser.init(params))
+tokens = np.random.default_rng(0).integers(0, 300, (4, 17)).astype(np.int32)
+batch = loop.global_batch(mesh, tokens.shape, lambda i: tokens[i])
+assert len(batch.addressable_shards) == jax.device_count()
+state, metrics = moe_lm.make_step(module, t.RECIPE, optimiser, mesh)(state, batch)
+print(*(float(metrics[k]) for k in sorted(metrics)))
+"""
+    lines = []
+    for devices in (1, 2):
+        flags = f"--xla_force_host_platform_device_count={devices}"
+        run = subprocess.run(
+            [sys.executable, "-c", script],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "XLA_FLAGS": flags},
+        )
+        assert run.returncode == 0, run.stderr
+        lines.append([float(x) for x in run.stdout.split()])
+    np.testing.assert_allclose(lines[0], lines[1], rtol=2e-4)
+
+
+def test_losses_by_hand():
+    """Balance is 1 when the router is even, E / k when every token takes the same k experts."""
+    module = Mixtral(RECIPE.model)
+    tokens = np.random.default_rng(0).integers(0, 300, (2, 17))
+    params = module.init(jax.random.key(0), tokens)["params"]
+    even = jax.tree.map(jnp.zeros_like, params)
+    _, balance, z, _ = moe_lm.losses(module, even, tokens)
+    np.testing.assert_allclose([balance, z], [1.0, np.log(4) ** 2], rtol=1e-5)
+    entropy, *_ = moe_lm.losses(module, even, tokens)
+    np.testing.assert_allclose(entropy, np.log(300), rtol=1e-5)
+
+
+def test_trains_on_tfds(tmp_path):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    with tfds.testing.mock_data(num_examples=60):
+        recipe = dataclasses.replace(RECIPE, steps=2)
+        moe_lm.train(recipe, tmp_path / "run", text=["tfds:lm1b"])
+    assert weights(tmp_path / "run")["embedding"].shape == (300, 32)
+
+
+def test_configs_are_sound():
+    for path in sorted((TRAIN / "configs").glob("moe_*.py")):
+        recipe = loop.load_recipe(path, LanguageRecipe)
+        assert json_round_trip(recipe)
+        for text in recipe.text:
+            assert text.startswith("tfds:") or (path.parent / text).is_file()
+
+
+def json_round_trip(recipe):
+    import json
+
+    return json.loads(json.dumps(recipe.to_dict()))["steps"] == recipe.steps
+
+
+def test_bad_input(tmp_path, text_file, trained, capsys, monkeypatch):
+    short = tmp_path / "short.txt"
+    short.write_text("one line")
+    few = tmp_path / "few.txt"
+    few.write_text("word " * 100)
+    config = tmp_path / "config.py"
+    config.write_text("recipe = 3")
+    broken = tmp_path / "broken.py"
+    broken.write_text("import nothing_like_it")
+    minutes = TRAIN / "configs" / "moe_minutes.py"
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["moe_lm", *map(str, arguments)])
+        with pytest.raises(SystemExit) as status:
+            loop.program(moe_lm.main, "moe_lm")
+        assert status.value.code == 1
+        error = capsys.readouterr().err
+        assert error.startswith("moe_lm: error: ") and error.count("\n") == 1
+        return error
+
+    out = ("--out", tmp_path / "new")
+    assert "too short" in run("--config", minutes, *out, "--text", short)
+    assert "fewer than one" in run("--config", minutes, *out, "--text", few)
+    assert "cannot read the text" in run("--config", minutes, *out, "--text", tmp_path / "none")
+    assert "must define `recipe`" in run("--config", config, *out)
+    assert "nothing_like_it" in run("--config", broken, *out)
+    assert "exists" in run("--config", minutes, "--out", trained, "--text", text_file)
+    assert "was trained with" in run(
+        "--config", minutes, "--out", trained, "--text", text_file, "--resume"
+    )
+    assert "cannot open tfds:no_such" in run("--config", minutes, *out, "--text", "tfds:no_such")
+    assert not (tmp_path / "new").exists() and not (tmp_path / "new.text").exists()
+    with pytest.raises(ValueError, match="seq_len 64 exceeds"):
+        dataclasses.replace(RECIPE, seq_len=64)

@@ -1,0 +1,39 @@
+"""A language model for a pod: 520 million parameters, 8 experts in each of 12 layers.
+
+    uv run python train/moe_lm.py --config train/configs/moe_pod.py --out DIR --distributed
+
+Run the same command on every host, with a DIR that all of them see. 26 billion tokens of TFDS's C4,
+prepared beforehand. Parameters and optimiser take 8 GB on every chip, so any chip with 16 GB will
+do; the batch is shared by all of them. Never run by us at this size: the recipe is tested at a
+small one, on several devices.
+"""
+
+from recipe import LanguageRecipe
+
+from mcjax.models import MixtralConfig
+
+recipe = LanguageRecipe(
+    model=MixtralConfig(
+        vocab_size=32000,
+        hidden_size=768,
+        intermediate_size=2048,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        num_key_value_heads=4,
+        head_dim=64,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+    ),
+    text=("tfds:c4/en",),
+    held_out=0.0001,
+    seq_len=2048,
+    batch_size=256,
+    steps=50_000,
+    learning_rate=6e-4,
+    warmup=2000,
+    dtype="bfloat16",
+    save_every=1000,
+    evaluate_every=2000,
+)
