@@ -142,7 +142,7 @@ def read_text(paths: list[Path], held_out: float) -> tuple[str, str]:
             parts.append(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"cannot read the text {path}: {error}") from None
-    text = "\n".join(parts)
+    text = "\n".join(parts).strip()
     end = int(len(text) * (1 - held_out))
     space = re.compile(r"\s").search(text, end)
     cut = space.start() if space else 0
