@@ -185,9 +185,7 @@ def test_bad_input(tmp_path, text_file, trained, capsys, monkeypatch):
     assert "must define `recipe`" in run("--config", config, *out)
     assert "nothing_like_it" in run("--config", broken, *out)
     assert "exists" in run("--config", minutes, "--out", trained, "--text", text_file)
-    assert "was trained with" in run(
-        "--config", minutes, "--out", trained, "--text", text_file, "--resume"
-    )
+    assert "was trained with" in run("--config", minutes, "--out", trained, "--resume")
     assert "cannot open tfds:no_such" in run("--config", minutes, *out, "--text", "tfds:no_such")
     assert not (tmp_path / "new").exists() and not (tmp_path / "new.text").exists()
     with pytest.raises(ValueError, match="seq_len 64 exceeds"):
