@@ -253,7 +253,9 @@ def write_hugging_face(
     )
     values = config.to_dict()
     rope = {k: v for k, v in values.pop("rope").items() if v not in (None, ())}
+    eos = values.pop("eos_token_ids")
     values |= {
+        "eos_token_id": list(eos) or None,
         "architectures": ["MixtralForCausalLM"],
         "model_type": "mixtral",
         "hidden_act": "silu",

@@ -95,6 +95,7 @@ def generate(
     *,
     sampling: Sampling | None = None,
     key: jax.Array | None = None,
+    stop_tokens: Sequence[int] = (),
 ) -> Iterator[np.ndarray]:
     """Continues prompts together, a token each at a time; compiles twice, whatever the length.
 
@@ -105,9 +106,10 @@ def generate(
       max_new_tokens: how many to write.
       sampling: None takes the likeliest token.
       key: of the sampling; None for key 0.
+      stop_tokens: end a continuation; all having ended, nothing more is written.
 
     Yields:
-      int32 [B], the next token of every prompt.
+      int32 [B], the next token of every prompt; an ended one repeats its stop token.
 
     Raises:
       ValueError: for an empty prompt, one of tokens out of range, or one that is too long.
@@ -135,12 +137,17 @@ def generate(
     key = jax.random.key(0) if key is None else key
     cache = empty_cache(config, len(prompts), window, module.dtype)
     length = jnp.asarray(lengths)
-    token, cache = prefill(module, params, padded, length, cache, key, sampling)
-    yield np.asarray(token)
+    written, cache = prefill(module, params, padded, length, cache, key, sampling)
+    written = np.array(written)
+    yield written
     for i in range(1, max_new_tokens):
+        ended = np.isin(written, stop_tokens)
+        if ended.all():
+            return
         key = jax.random.fold_in(key, i)
-        token, cache = decode(module, params, token, length + i - 1, cache, key, sampling)
-        yield np.asarray(token)
+        token, cache = decode(module, params, written, length + i - 1, cache, key, sampling)
+        written = np.where(ended, written, token)
+        yield written
 
 
 def generate_text(
@@ -171,7 +178,8 @@ def generate_text(
       max_new_tokens: at most so many.
       sampling: None takes the likeliest token.
       seed: of the sampling.
-      stop: a continuation ends before the first of these texts.
+      stop: a continuation ends before the first of these texts, or a token of the model's
+        `eos_token_ids`.
       write: called with each new piece of the first continuation as soon as it is sure.
 
     Returns:
@@ -210,14 +218,24 @@ def generate_text(
     started, steps = None, 0
     # Decoding after the last token of the prompt keeps its leading space.
     starts = [tokenizer.decode(ids[-1:]) for ids in encoded]
+    ends = module.config.eos_token_ids
     tokens = generate(
-        module, params, encoded, max_new_tokens, sampling=sampling, key=jax.random.key(seed)
+        module,
+        params,
+        encoded,
+        max_new_tokens,
+        sampling=sampling,
+        key=jax.random.key(seed),
+        stop_tokens=ends,
     )
     for step, new in enumerate(tokens):
         if step == 1:  # both programs are compiled now
             started = time.perf_counter()
         for b, ids in enumerate(written):
             if done[b]:
+                continue
+            if new[b] in ends:
+                done[b] = True
                 continue
             ids.append(int(new[b]))
             text = tokenizer.decode([encoded[b][-1], *ids])[len(starts[b]) :]

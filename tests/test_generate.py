@@ -62,6 +62,20 @@ def test_batch_equals_single_prompts(artifact, prune):
         assert together.shape == (3, 6)
 
 
+def test_stop_tokens(artifact):
+    model = mcjax.load(artifact, bits=3)
+    free = np.stack(list(generate.generate(model.module, model.params, PROMPTS, 8)), axis=1)
+    stop = int(free[0, 2])
+    got = list(generate.generate(model.module, model.params, PROMPTS, 8, stop_tokens=[stop]))
+    got = np.stack(got, axis=1)
+    for row, whole in zip(got, free, strict=True):
+        end = list(whole).index(stop) if stop in whole else len(whole)
+        np.testing.assert_array_equal(row[: end + 1], whole[: len(row)][: end + 1])
+        assert (row[end:] == stop).all()
+    alone = list(generate.generate(model.module, model.params, PROMPTS[:1], 8, stop_tokens=[stop]))
+    assert len(alone) == list(free[0]).index(stop) + 1
+
+
 def test_sampling_filters():
     logits = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05]))
     options = generate.Sampling(temperature=1.0, top_p=0.7)

@@ -41,6 +41,7 @@ class MixtralConfig:
 
     Attributes:
       sliding_window: keys a query can see, itself included; None for all before it.
+      eos_token_ids: tokens that end a text.
     """
 
     vocab_size: int
@@ -57,12 +58,23 @@ class MixtralConfig:
     sliding_window: int | None = None
     tie_word_embeddings: bool = False
     rope: RopeConfig = RopeConfig()
+    eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type == "int" and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"config: {field.name} must be a positive integer, got {value!r}")
+        window = self.sliding_window
+        if window is not None and (not isinstance(window, int) or window < 1):
+            raise ValueError(
+                f"config: sliding_window must be a positive integer or null, got {window!r}"
+            )
+        for token in self.eos_token_ids:
+            if not isinstance(token, int) or not 0 <= token < self.vocab_size:
+                raise ValueError(
+                    f"config: eos_token_id must be 0 to {self.vocab_size - 1}, got {token!r}"
+                )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"config: {self.num_attention_heads} attention heads cannot share "
@@ -91,7 +103,8 @@ class MixtralConfig:
         rope: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in values["rope"].items()
         }
-        return cls(**{**values, "rope": RopeConfig(**rope)})
+        eos = tuple(values["eos_token_ids"])
+        return cls(**{**values, "rope": RopeConfig(**rope), "eos_token_ids": eos})
 
     @classmethod
     def from_hugging_face(cls, values: Mapping[str, Any]) -> MixtralConfig:
@@ -123,11 +136,17 @@ class MixtralConfig:
                 sliding_window=values.get("sliding_window"),
                 tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
                 rope=_rope(values),
+                eos_token_ids=_eos(values),
             )
         except KeyError as error:
             raise ValueError(f"config: field {error.args[0]!r} is missing") from None
         except TypeError as error:
             raise ValueError(f"config: a field has the wrong type: {error}") from None
+
+
+def _eos(values: Mapping[str, Any]) -> tuple[Any, ...]:
+    given = values.get("eos_token_id")
+    return () if given is None else tuple(given) if isinstance(given, list) else (given,)
 
 
 def _rope(values: Mapping[str, Any]) -> RopeConfig:

@@ -27,10 +27,11 @@ recipe = LanguageRecipe(
     held_out=0.01,
     seq_len=256,
     batch_size=8,
-    steps=4000,
+    steps=2800,
     learning_rate=3e-3,
     warmup=200,
-    balance=0.02,
+    weight_decay=0.6,
+    balance=0.005,
     save_every=500,
     evaluate_every=500,
 )
