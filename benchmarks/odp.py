@@ -1,12 +1,13 @@
 """What skipping experts costs: both policies at several quantiles, at 16 bits and from an artifact.
 
-uv run python benchmarks/odp.py MODEL ARTIFACT --calibration TEXT --text TEXT
+uv run python benchmarks/odp.py MODEL ARTIFACT --calibration TEXT --text TEXT --out FILE
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 
 import jax
 
@@ -15,12 +16,13 @@ from mcjax.evaluate import evaluate
 
 
 def main():
-    """Prints one JSON object: for each precision, rows of policy, quantile, skips and cost."""
+    """Writes one JSON object: for each precision, rows of policy, quantile, skips and cost."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model")
     parser.add_argument("artifact")
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--text", required=True)
+    parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--budget", type=float, default=2.5)
     parser.add_argument("--quantiles", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.4, 0.5])
@@ -40,7 +42,7 @@ def main():
                 row = {"policy": policy, "quantile": quantile, "skipped": facts["experts_pruned"]}
                 row["cost"] = facts["perplexity"] / plain - 1
                 out[name]["rows"].append(row)
-    print(json.dumps(out, indent=1))
+    arguments.out.write_text(json.dumps(out, indent=1) + "\n")
 
 
 if __name__ == "__main__":

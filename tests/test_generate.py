@@ -93,6 +93,26 @@ def test_sampling_filters():
     np.testing.assert_allclose(share, [0.5, 0.3, 0.15, 0.05], atol=0.015)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("sliding_window", -4, "sliding_window must be a positive integer"),
+        ("sliding_window", "all", "sliding_window must be a positive integer"),
+        ("max_position_embeddings", 0, "max_position_embeddings must be a positive"),
+        ("num_key_value_heads", 3, "cannot share"),
+        ("eos_token_id", 4000, "eos_token_id must be 0 to 299"),
+    ],
+)
+def test_corrupt_cache_settings(model_folder, tmp_path, capsys, field, value, message):
+    for file in model_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, field: value}))
+    assert cli.main(["generate", str(tmp_path), "--prompt", "bame"]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
 def test_command(artifact, model_folder, capsys):
     def run(*arguments):
         capsys.readouterr()
