@@ -23,6 +23,9 @@ import jax.numpy as jnp
 _FREE_WIDTHS = 4
 _OFFSET_FREE = (4,)
 
+GAUSSIAN_STEP = (0.0, 1.596, 0.9957, 0.586, 0.3352, 0.1881, 0.1041, 0.0569, 0.0308)
+"""Step of the best uniform quantiser of a unit Gaussian at each width (Max, 1960)."""
+
 MAX_MAGNITUDE = 2.0**16
 """Weights beyond this cannot be represented; rescale them first."""
 
@@ -35,8 +38,12 @@ _OFFSET_STEPS = 64.0
 
 def num_rows(width: int) -> int:
     """Bytes that a table of `width` bits keeps for each group of an output channel."""
-    steps = width if width <= _FREE_WIDTHS else 1
-    return steps + has_offset(width)
+    return num_steps(width) + has_offset(width)
+
+
+def num_steps(width: int) -> int:
+    """Step sizes that a table of `width` bits stores: one a plane if free, one if uniform."""
+    return width if width <= _FREE_WIDTHS else 1
 
 
 def has_offset(width: int) -> bool:
@@ -69,7 +76,7 @@ def round_step(step: jax.Array) -> tuple[jax.Array, jax.Array]:
     beyond = exponent - jnp.clip(exponent, -_FINE_OCTAVES, _FINE_OCTAVES)
     exponent = exponent - beyond * _TAPER / (_TAPER + 1)
     code = jnp.clip(jnp.round(exponent * _STEPS_PER_OCTAVE) + 128, 0, 255).astype(jnp.uint8)
-    return code, _step_value(code)
+    return code, step_value(code)
 
 
 def round_offset(offset: jax.Array, half_span: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -90,15 +97,20 @@ def decode(table: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
     Returns:
       alpha float32 [..., width, groups, d_out] and offset float32 [..., groups, d_out].
     """
-    steps = _step_value(table[..., : num_rows(width) - has_offset(width), :, :])
+    steps = step_value(table[..., : num_rows(width) - has_offset(width), :, :])
     alpha = jnp.sum(steps[..., :, None, :, :] * basis(width)[:, :, None, None], axis=-4)
     if not has_offset(width):
         return alpha, jnp.zeros_like(alpha[..., 0, :, :])
-    offset = (table[..., -1, :, :].astype(jnp.float32) - 128) / _OFFSET_STEPS
-    return alpha, offset * jnp.sum(alpha, axis=-3)
+    return alpha, offset_ratio(table[..., -1, :, :]) * jnp.sum(alpha, axis=-3)
 
 
-def _step_value(code: jax.Array) -> jax.Array:
+def offset_ratio(code: jax.Array) -> jax.Array:
+    """What a stored offset stands for, in half spans."""
+    return (code.astype(jnp.float32) - 128) / _OFFSET_STEPS
+
+
+def step_value(code: jax.Array) -> jax.Array:
+    """The step size that a code stands for."""
     exponent = (code.astype(jnp.float32) - 128) / _STEPS_PER_OCTAVE
     beyond = exponent - jnp.clip(exponent, -_FINE_OCTAVES, _FINE_OCTAVES)
     return jnp.where(code == 0, 0.0, jnp.exp2(exponent + beyond * _TAPER + _CENTER))

@@ -100,9 +100,10 @@ def _check_values(name, value, limit):
     """Refuses NaN, infinity and values out of range, where the array is concrete."""
     if isinstance(value, jax.core.Tracer):
         return
-    finite = jnp.isfinite(value)
-    if not finite.all():
-        raise ValueError(f"{name} holds {int((~finite).sum())} NaN or infinite values")
-    peak = float(jnp.max(jnp.abs(value), initial=0))
+    with jax.ensure_compile_time_eval():
+        unusable = int(jnp.sum(~jnp.isfinite(value)))
+        peak = float(jnp.max(jnp.abs(value), initial=0))
+    if unusable:
+        raise ValueError(f"{name} holds {unusable} NaN or infinite values")
     if peak > limit:
         raise ValueError(f"{name} has a magnitude of {peak}, the most that fits is {limit}")

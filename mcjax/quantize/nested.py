@@ -24,9 +24,6 @@ from jax import lax
 
 from mcjax import tables as tables_lib
 
-# Step sizes of the optimal uniform quantiser of a unit Gaussian at 1 to 4 bits.
-_GAUSSIAN_STEP = {1: 1.596, 2: 0.996, 3: 0.586, 4: 0.335}
-
 
 def quantize_matrix(w, gram, *, widths, weights, group_size, sweeps):
     """One matrix to a nested code and its tables.
@@ -256,8 +253,10 @@ def _first_table(width, w, diagonal):
     spread = jnp.sqrt(jnp.mean((w - mean) ** 2, axis=0))
     # An offset reaches two half spans; a group far from zero needs a span that carries it there.
     floor = jnp.abs(mean) / 1.9
-    if width in _GAUSSIAN_STEP:
-        half_span = jnp.maximum(_GAUSSIAN_STEP[width] * spread * (2**width - 1) / 2, floor)
+    if tables_lib.num_steps(width) == width:
+        half_span = jnp.maximum(
+            tables_lib.GAUSSIAN_STEP[width] * spread * (2**width - 1) / 2, floor
+        )
         ratio = 2.0 ** jnp.arange(width - 1, -1, -1) / (2**width - 1)
         return _stored(ratio[:, None] * half_span, mean)
 
