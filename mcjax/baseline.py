@@ -55,8 +55,7 @@ def dedicated_gptq(
         into, out, expert_in, expert_hidden = (sum(g) for g in zip(*grams, strict=True))
 
         def one(w, gram, bits):
-            size = resolve_group_size(w.shape[0], group_size)
-            return gptq(w, condition(gram), bits=bits, group_size=size)
+            return _quantize(w, gram, bits, resolve_group_size(w.shape[0], group_size))
 
         def every(weights, grams, widths=tuple(widths)):
             each = zip(weights, grams, widths, strict=True)
@@ -79,6 +78,11 @@ def dedicated_gptq(
         params[f"layer_{i}"] = own
         x = jnp.concatenate([_forward(layer, own, x[s : s + batch]) for s in starts])
     return params
+
+
+@partial(jax.jit, static_argnames=("bits", "group_size"))
+def _quantize(w, gram, bits, group_size):
+    return gptq(w, condition(gram), bits=bits, group_size=group_size)
 
 
 @partial(jax.jit, static_argnames="layer")

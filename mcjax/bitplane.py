@@ -113,6 +113,9 @@ class BitPlanes:
 
     def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
         """The weight at its full width, [..., d_in, d_out] of `dtype`."""
+        return _dequantize(self, jnp.dtype(dtype))
+
+    def _values(self) -> jax.Array:
         alpha, offset = tables_lib.decode(self.tables[-1], self.bits)
         shifts = jnp.arange(WORD, dtype=jnp.uint32)[:, None, None]
         value = offset[..., None, None, :, :]
@@ -123,7 +126,7 @@ class BitPlanes:
             value = value + jnp.where(bit == 1, step, -step)
         value = jnp.moveaxis(value, -2, -4)  # [..., groups, words, 32, d_out]
         value = value.reshape(*self.planes.shape[:-4], -1, self.planes.shape[-1])
-        return value[..., : self.d_in, :].astype(dtype)
+        return value[..., : self.d_in, :]
 
     def codes(self) -> jax.Array:
         """The integer codes, uint8 [..., d_in, d_out], most significant plane first."""
@@ -131,6 +134,11 @@ class BitPlanes:
 
     def __repr__(self) -> str:
         return f"BitPlanes(shape={self.shape}, bits={self.bits}, group_size={self.group_size})"
+
+
+@partial(jax.jit, static_argnums=1)
+def _dequantize(planes: BitPlanes, dtype: Any) -> jax.Array:
+    return planes._values().astype(dtype)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["stacks"], meta_fields=["allocation"])

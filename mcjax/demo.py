@@ -30,6 +30,7 @@ BUDGETS = (1.5, 2.0, 2.5, 3.0, 4.0)
 SHUFFLES = 3
 PROMPT = "And it came to pass"
 _SEQ_LEN = 256
+_SAMPLES = 64
 _PRUNED_BUDGET = 2.5
 _FACTS = "demo.json"
 
@@ -64,7 +65,12 @@ def demo(
     try:
         artifact = aside / "artifact"
         compress(
-            EMBEDDED, artifact, EMBEDDED / "calibration.txt", seq_len=_SEQ_LEN, progress=progress
+            EMBEDDED,
+            artifact,
+            EMBEDDED / "calibration.txt",
+            samples=_SAMPLES,
+            seq_len=_SEQ_LEN,
+            progress=progress,
         )
         facts = measure(artifact, windows, progress)
         facts |= sample(artifact)
