@@ -6,7 +6,7 @@ Quantise once with `quantize` (one weight) or `mcjax compress` (a model); then `
 `odp` skips experts while serving.
 """
 
-from mcjax import odp, pmq
+from mcjax import odp, pmq, qat, tree
 from mcjax.bitplane import BitPlanes, MixedPlanes
 from mcjax.ops import dot, expert_dot
 from mcjax.quantize import quantize
@@ -21,5 +21,7 @@ __all__ = [
     "load",
     "odp",
     "pmq",
+    "qat",
     "quantize",
+    "tree",
 ]

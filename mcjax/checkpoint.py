@@ -99,11 +99,15 @@ def write_manifest(directory: Path, manifest: Mapping[str, Any]) -> None:
     (directory / MANIFEST).write_text(f'{{"crc32":"{crc}","manifest":{body}}}\n')
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
+def read_manifest(directory: Path, kind: str | None = None) -> dict[str, Any]:
     """Reads and verifies the manifest.
 
+    Args:
+      directory: the artifact.
+      kind: what it must be, "model" or "tree"; None for either.
+
     Raises:
-      ValueError: if it is not an artifact, damaged, or of another format version.
+      ValueError: if it is not an artifact, damaged, or of another format version or kind.
     """
     if not directory.is_dir() or not (directory / MANIFEST).is_file():
         raise ValueError(f"{directory} is not an mcjax artifact: it has no {MANIFEST}")
@@ -120,6 +124,10 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     body = json.dumps(manifest, separators=(",", ":"))
     if f"{zlib.crc32(body.encode()):08x}" != outer.get("crc32"):
         raise ValueError(f"{directory / MANIFEST} is damaged: its checksum does not match")
+    found = manifest.get("kind", "model")
+    if kind not in (None, found):
+        reader = {"model": "mcjax.load", "tree": "mcjax.tree.load"}[found]
+        raise ValueError(f"{directory} holds a {found}, not a {kind}; read it with {reader}")
     return manifest
 
 
@@ -132,9 +140,9 @@ class ArtifactReader:
       expert_bytes_read: those of them that are expert weights and their tables.
     """
 
-    def __init__(self, directory: str | Path):
+    def __init__(self, directory: str | Path, kind: str | None = None):
         self.directory = Path(directory).absolute()
-        self.manifest = read_manifest(self.directory)
+        self.manifest = read_manifest(self.directory, kind)
         self.bytes_read = 0
         self.expert_bytes_read = 0
         self._open: dict[tuple[str, str], Any] = {}
@@ -241,15 +249,8 @@ def read_layer(
         params["attention"] = {}
         for p in "qkvo":
             leaf = f"attention.{p}"
-            parts = [f"{leaf}.plane_{b}" for b in range(attention_bits)]
-            *planes, table = reader.read(
-                (checkpoint, n, None) for n in [*parts, f"{leaf}.table_{attention_bits}"]
-            )
-            params["attention"][p] = BitPlanes(
-                planes=jax.numpy.asarray(np.stack(planes)),
-                tables=(jax.numpy.asarray(table),),
-                widths=(attention_bits,),
-                **geometry[leaf],
+            params["attention"][p] = read_planes(
+                reader, checkpoint, leaf, (attention_bits,), **geometry[leaf]
             )
     else:
         params = {**loaded, "moe": {**loaded["moe"]}}
@@ -269,6 +270,27 @@ def read_layer(
         },
     }
     return params
+
+
+def read_planes(
+    reader: ArtifactReader,
+    checkpoint: str,
+    leaf: str,
+    widths: tuple[int, ...],
+    d_in: int,
+    group_size: int,
+) -> BitPlanes:
+    """One weight that is not chunked: the planes of the widest width and a table for each."""
+    parts = [f"{leaf}.plane_{p}" for p in range(widths[-1])]
+    parts += [f"{leaf}.table_{k}" for k in widths]
+    values = reader.read((checkpoint, part, None) for part in parts)
+    return BitPlanes(
+        planes=jax.numpy.asarray(np.stack(values[: widths[-1]], axis=-4)),
+        tables=tuple(jax.numpy.asarray(table) for table in values[widths[-1] :]),
+        widths=widths,
+        d_in=d_in,
+        group_size=group_size,
+    )
 
 
 def read_pruning(reader: ArtifactReader) -> list[PruningStatistics]:
@@ -323,15 +345,19 @@ def _read_experts(reader, checkpoint, leaf, allocation, geometry, held) -> Mixed
 
 
 def _read_dense(reader: ArtifactReader, checkpoint: str, names: list[str]) -> dict[str, Any]:
+    values = reader.read((checkpoint, name, None) for name in names)
+    return unflatten({n: jax.numpy.asarray(v) for n, v in zip(names, values, strict=True)})
+
+
+def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Flat names, parts joined by dots, to nested dicts."""
     tree: dict[str, Any] = {}
-    for name, value in zip(
-        names, reader.read((checkpoint, name, None) for name in names), strict=True
-    ):
+    for name, value in leaves.items():
         *parents, last = name.split(".")
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[last] = jax.numpy.asarray(value)
+        node[last] = value
     return tree
 
 

@@ -32,7 +32,7 @@ def describe(path: str | Path, budget: float | None = None) -> dict[str, Any]:
       ValueError: if it is not a sound artifact, or the budget is not feasible.
     """
     path = Path(path)
-    manifest = checkpoint.read_manifest(path)
+    manifest = checkpoint.read_manifest(path, "model")
     stats = serving.statistics(manifest)
     layers, experts = stats.frequency.shape
     allocation = None

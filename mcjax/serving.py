@@ -154,7 +154,7 @@ def load(
       ValueError: if the artifact is damaged or of another version, or the precision is not
         feasible.
     """
-    reader = checkpoint.ArtifactReader(path)
+    reader = checkpoint.ArtifactReader(path, "model")
     manifest = reader.manifest
     config = MixtralConfig.from_dict(manifest["config"])
     widths = resolve_allocation(manifest, budget, bits, allocation)
