@@ -2,11 +2,12 @@
 
 Quantise once with `quantize` (one weight) or `mcjax compress` (a model); then `BitPlanes.slice`,
 `load(path, budget=...)` and `Model.refine` serve any precision of the same bits. `dot` and
-`expert_dot` multiply with planes, `pmq` shares a budget out among experts,
-`odp` skips experts while serving.
+`expert_dot` multiply with planes, `pmq` shares a budget out among experts, `odp` skips experts
+while serving. `tree` quantises any other parameter tree, `qat` trains a network once for every
+width, and `lumix` mixes labels.
 """
 
-from mcjax import odp, pmq, qat, tree
+from mcjax import lumix, odp, pmq, qat, tree
 from mcjax.bitplane import BitPlanes, MixedPlanes
 from mcjax.ops import dot, expert_dot
 from mcjax.quantize import quantize
@@ -19,6 +20,7 @@ __all__ = [
     "dot",
     "expert_dot",
     "load",
+    "lumix",
     "odp",
     "pmq",
     "qat",

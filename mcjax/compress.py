@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ def compress(
     samples: int = 128,
     seq_len: int = 2048,
     resume: bool = False,
+    experts: Sequence[Mapping[str, BitPlanes]] | None = None,
     batch_tokens: int = 4096,
     progress: Callable[..., Any] = lambda items, **_: items,
 ) -> dict[str, Any]:
@@ -60,6 +61,8 @@ def compress(
       seq_len: tokens in a window, at most the model's positions.
       resume: go on from layers that an interrupted run with the same inputs left behind, and keep
         those finished if this one is interrupted.
+      experts: planes of each layer's `gate`, `up` and `down` that were made otherwise, by once-QAT
+        for instance, with a table for each width up to `max_bits`; None quantises the model's.
       batch_tokens: about how many calibration tokens are computed at once.
       progress: wraps the iteration over layers, called with (items, description=...).
 
@@ -100,10 +103,14 @@ def compress(
             "crc32": checkpoint.crc32(windows),
         },
     }
+    if experts is not None:
+        _check_experts(experts, config, max_bits)
+        leaves = jax.tree.leaves(list(experts))
+        identity["experts_crc32"] = [checkpoint.crc32(np.asarray(leaf)) for leaf in leaves]
     partial_out = out.parent / f".{out.name}.partial"
     _prepare(partial_out, identity, resume)
     try:
-        manifest = _run(folder, windows, partial_out, identity, batch_tokens, progress)
+        manifest = _run(folder, windows, partial_out, identity, experts, batch_tokens, progress)
         shutil.copyfile(folder.tokenizer_path, partial_out / "tokenizer.json")
         checkpoint.write_manifest(partial_out, manifest)
         for i in range(config.num_hidden_layers):
@@ -127,7 +134,22 @@ def coverage(manifest: dict[str, Any]) -> list[tuple[int, int, int]]:
     return [(int(i), int(e), int(frequency[i, e])) for i, e in where]
 
 
-def _run(folder, windows, directory, identity, batch_tokens, progress):
+def _check_experts(experts, config, max_bits):
+    d, f = config.hidden_size, config.intermediate_size
+    shapes = {"gate": (d, f), "up": (d, f), "down": (f, d)}
+    if len(experts) != config.num_hidden_layers:
+        raise ValueError(f"experts of {len(experts)} layers for {config.num_hidden_layers}")
+    for layer in experts:
+        for name, shape in shapes.items():
+            expected = (config.num_local_experts, *shape), tuple(range(1, max_bits + 1))
+            if (layer[name].shape, layer[name].widths) != expected:
+                raise ValueError(
+                    f"experts' {name} has shape {layer[name].shape} and widths "
+                    f"{layer[name].widths}, want {expected[0]} and {expected[1]}"
+                )
+
+
+def _run(folder, windows, directory, identity, given, batch_tokens, progress):
     """Works through the layers, skipping those already saved; returns the manifest."""
     config = folder.config
     rest = _narrow(folder.read_rest())
@@ -142,7 +164,8 @@ def _run(folder, windows, directory, identity, batch_tokens, progress):
         done = directory / f"layer_{i}.json"
         if not done.exists():
             shutil.rmtree(directory / "layers" / str(i), ignore_errors=True)
-            record, tree = _quantize_layer(layer, params, x, starts, batch, identity)
+            experts = None if given is None else given[i]
+            record, tree = _quantize_layer(layer, params, x, starts, batch, identity, experts)
             kept = {name: _narrow(stored[name]) for name in ("attention_norm", "moe_norm")}
             tree = {
                 **kept,
@@ -175,7 +198,7 @@ def _run(folder, windows, directory, identity, batch_tokens, progress):
     }
 
 
-def _quantize_layer(layer, params, x, starts, batch, identity):
+def _quantize_layer(layer, params, x, starts, batch, identity, experts):
     """Calibrates, quantises and measures one layer: what the manifest needs, and its planes."""
     config = layer.config
     grams, moe_inputs = empty_grams(config), []
@@ -194,15 +217,16 @@ def _quantize_layer(layer, params, x, starts, batch, identity):
         )
         for name in "qkvo"
     }
-    experts = {
-        name: quantize(
-            params["moe"]["experts"][name],
-            max_bits,
-            group_size,
-            grams.expert_hidden if name == "down" else grams.expert_input,
-        )
-        for name in checkpoint.EXPERT_WEIGHTS
-    }
+    if experts is None:
+        experts = {
+            name: quantize(
+                params["moe"]["experts"][name],
+                max_bits,
+                group_size,
+                grams.expert_hidden if name == "down" else grams.expert_input,
+            )
+            for name in checkpoint.EXPERT_WEIGHTS
+        }
     error = sum(expert_errors(config, params["moe"], experts, seen) for seen in moe_inputs)
     pruning = pruning_statistics(config, params["moe"], moe_inputs)
     planes = {

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 
@@ -62,8 +62,8 @@ def adamw(
 
 
 def data_mesh() -> Mesh:
-    """All devices in a row, to share a batch."""
-    return jax.make_mesh((jax.device_count(),), ("data",))
+    """All devices in a row, to share a batch; the compiler splits what follows from it."""
+    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
 
 
 def global_batch(mesh: Mesh, shape: tuple[int, ...], row: Callable[[int], np.ndarray]) -> jax.Array:

@@ -14,6 +14,7 @@ from mcjax.qat.quantizer import (
     fake_quant,
     fake_quant_activations,
     freeze,
+    from_planes,
     init_quantizer,
 )
 
@@ -28,6 +29,7 @@ __all__ = [
     "fake_quant_activations",
     "fixed",
     "freeze",
+    "from_planes",
     "init_quantizer",
     "mgda",
     "min_norm",

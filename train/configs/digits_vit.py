@@ -1,0 +1,24 @@
+"""A vision transformer of 4 blocks on handwritten digits, at 8, 4, 3, 2 and 1 bits at once.
+
+    uv run python train/vision.py --config train/configs/digits_vit.py --out digits_vit
+
+Not run to its end by us yet; no download (the digits come with scikit-learn).
+"""
+
+from recipe import VisionRecipe
+
+recipe = VisionRecipe(
+    model="vit_digits",
+    dataset="digits",
+    pad=1,
+    distill=0.5,
+    optimiser="adamw",
+    learning_rate=2e-3,
+    weight_decay=0.05,
+    batch_size=64,
+    epochs=30,
+    warmup=50,
+    save_every=200,
+    log_every=20,
+    evaluate_every=100,
+)
