@@ -27,7 +27,7 @@ from mcjax.report import describe, plot
 
 EMBEDDED = Path(__file__).parent / "embedded"
 BUDGETS = (1.5, 2.0, 2.5, 3.0, 4.0)
-SHUFFLES = 3
+SHUFFLES = 2
 PROMPT = "And it came to pass"
 _SEQ_LEN = 256
 _SAMPLES = 64
@@ -38,7 +38,7 @@ _FACTS = "demo.json"
 def demo(
     out: str | Path = "mcjax-demo",
     *,
-    windows: int = 96,
+    windows: int = 64,
     progress: Callable[..., Any] = lambda items, **_: items,
 ) -> dict[str, Any]:
     """Compresses the embedded model, measures it, writes a sample and draws.
