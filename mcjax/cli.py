@@ -349,8 +349,12 @@ def _generate(arguments: argparse.Namespace) -> None:
     from mcjax.generate import Sampling, generate_text
 
     stream = len(arguments.prompt) == 1 and not arguments.json
-    if stream:
-        print(arguments.prompt[0], end="", flush=True)
+    pending = [arguments.prompt[0]]  # written once the first token is there, so never on an error
+
+    def write(text: str) -> None:
+        print(*pending, text, sep="", end="", flush=True)
+        pending.clear()
+
     facts = generate_text(
         arguments.model,
         arguments.prompt,
@@ -363,7 +367,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         ),
         seed=arguments.seed,
         stop=arguments.stop,
-        write=(lambda text: print(text, end="", flush=True)) if stream else None,
+        write=write if stream else None,
     )
     if arguments.json:
         print(json.dumps(facts))

@@ -146,4 +146,4 @@ def test_command(artifact, model_folder, capsys):
     ]:
         status, captured = run(*arguments)
         assert status == 1 and message in captured.err, captured.err
-        assert captured.err.count("\n") == 1
+        assert captured.err.count("\n") == 1 and captured.out == ""
