@@ -58,7 +58,8 @@ def test_frozen_is_what_was_trained(spec, shape):
     np.testing.assert_array_equal(unpack(planes.planes), code)
     for k in spec.widths:
         trained = fake_quant(w, quantizer, spec, k)
-        np.testing.assert_array_equal(trained, planes.slice(k).dequantize())
+        served = planes.slice(k).dequantize()
+        np.testing.assert_allclose(trained, served, rtol=1e-5, atol=2e-6)  # sums round by program
         prefix = unpack(planes.slice(k).planes)
         np.testing.assert_array_equal(prefix, qat.cascade(code, spec.widths[0], k))
 

@@ -146,7 +146,8 @@ def fake_quant(w: jax.Array, quantizer: Any, spec: QuantSpec, bits: int) -> jax.
       bits: one of the widths.
 
     Returns:
-      The same shape and dtype: exactly the values of ``freeze(...).slice(bits).dequantize()``.
+      The same shape and dtype: the values of ``freeze(...).slice(bits).dequantize()``, up to the
+      rounding of their sums.
 
     Raises:
       ValueError: if `bits` is not one of the widths.
