@@ -42,7 +42,8 @@ class PruningStatistics(NamedTuple):
     Attributes:
       ratio: float32 [K - 1, 101], quantiles of w_j / w_0 for j = 1..K-1 at `LEVELS`.
       slope: float32 [E], least squares with weight w^2 over the tokens that have the expert at rank
-        1 or lower; likewise `intercept`. Experts that have few lean on their layer's.
+        1 or lower, moved a quarter of the way to the published rule's 1; likewise `intercept`, to
+        its 0. Experts that have few such tokens lean on their layer's.
       intercept: float32 [E, D].
     """
 

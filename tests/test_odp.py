@@ -151,7 +151,7 @@ def test_served_from_the_artifact(artifact, text_file, model_folder):
 
 
 def test_stand_ins_are_the_weighted_least_squares(model_folder):
-    """`slope` and `intercept` against numpy's solver, for an expert with many tokens."""
+    """Three quarters of numpy's solution, a quarter of the published rule."""
     folder = HuggingFaceFolder(model_folder)
     moe = folder.read(np.float32)["layer_0"]["moe"]
     x = np.random.default_rng(0).normal(size=(2, 400, 96)).astype(np.float32)
@@ -165,7 +165,8 @@ def test_stand_ins_are_the_weighted_least_squares(model_folder):
     mine = index[:, 1] == 2
     first, second, w = f[mine, 0], f[mine, 1], weights[mine, 1]
     columns = [np.kron(w[:, None], np.eye(96)), (w[:, None] * first).reshape(-1, 1)]
-    solution = np.linalg.lstsq(np.hstack(columns), (w[:, None] * second).ravel())[0]
+    solution = 0.75 * np.linalg.lstsq(np.hstack(columns), (w[:, None] * second).ravel())[0]
+    solution[-1] += 0.25
     np.testing.assert_allclose(statistics.slope[2], solution[-1], atol=2e-3)
     np.testing.assert_allclose(statistics.intercept[2], solution[:-1], atol=2e-3)
     ratio = weights[:, 1] / weights[:, 0]

@@ -155,7 +155,7 @@ def main() -> None:
         warmup=20,
         steps=arguments.steps,
         weight_decay=0.0,
-        clip=1.0,
+        clip=len(specs["gate"].widths),  # 1 for each of the losses that are summed
     )
     objective = qat.fixed()
     extra = objective.init(len(specs["gate"].widths))

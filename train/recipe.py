@@ -105,7 +105,7 @@ class VisionRecipe:
       group_size: input features that share a table, None for one table an output channel.
       act_bits: of activations, see `mcjax.qat.QuantSpec`.
       distill: what each width but the first takes from the next higher one's output rather than
-        from the labels, 0 to 1 (Any-Precision DNN, arXiv 1911.07346, has 1).
+        from the labels, 0 to 1 (Any-Precision DNN, arXiv 1911.07346, has 1; on digits 0 is best).
       objective: how the losses of the widths combine: "fixed", "uncertainty" or "mgda", see
         `mcjax.qat`.
       weights: of the widths' losses under "fixed"; none for equal ones.
@@ -118,7 +118,7 @@ class VisionRecipe:
       learning_rate: at the end of the warm-up; falls by a cosine to a hundredth.
       warmup: steps.
       weight_decay: of kernels.
-      clip: largest global norm of the gradient.
+      clip: largest global norm of the gradient, for each width.
       batch_size: images in a step, over all devices.
       accumulation: parts of a batch whose gradients are computed one after the other; each
         normalises by its own statistics.

@@ -109,7 +109,7 @@ def make_optimiser(recipe: VisionRecipe, steps: int) -> optax.GradientTransforma
             optax.add_decayed_weights(recipe.weight_decay, mask=kernels),
             optax.sgd(schedule, momentum=0.9, nesterov=True),
         )
-    return optax.chain(optax.clip_by_global_norm(recipe.clip), own)
+    return optax.chain(optax.clip_by_global_norm(recipe.clip * max(1, len(recipe.widths))), own)
 
 
 def make_step(module: Any, recipe: VisionRecipe, optimiser, objective: qat.Objective):

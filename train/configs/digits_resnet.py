@@ -13,7 +13,6 @@ recipe = VisionRecipe(
     model="resnet8",
     dataset="digits",
     pad=1,
-    distill=0.5,
     batch_size=64,
     epochs=20,
     learning_rate=0.1,

@@ -11,7 +11,6 @@ recipe = VisionRecipe(
     model="vit_digits",
     dataset="digits",
     pad=1,
-    distill=0.5,
     optimiser="adamw",
     learning_rate=2e-3,
     weight_decay=0.05,
