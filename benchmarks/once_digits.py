@@ -427,7 +427,9 @@ def main():
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=0.1, help="largest learning rate")
-    parser.add_argument("--seconds", type=float, default=1800, help="start nothing extra after them")
+    parser.add_argument(
+        "--seconds", type=float, default=1800, help="start nothing extra after them"
+    )
     arguments = parser.parse_args()
     begin = time.perf_counter()
     images, labels = load_digits()

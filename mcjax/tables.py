@@ -97,8 +97,9 @@ def decode(table: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
     Returns:
       alpha float32 [..., width, groups, d_out] and offset float32 [..., groups, d_out].
     """
-    steps = step_value(table[..., : num_rows(width) - has_offset(width), :, :])
-    alpha = jnp.sum(steps[..., :, None, :, :] * basis(width)[:, :, None, None], axis=-4)
+    alpha = step_value(table[..., : num_steps(width), :, :])
+    if num_steps(width) < width:
+        alpha = alpha * basis(width)[0, :, None, None]
     if not has_offset(width):
         return alpha, jnp.zeros_like(alpha[..., 0, :, :])
     return alpha, offset_ratio(table[..., -1, :, :]) * jnp.sum(alpha, axis=-3)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import mcjax
+from mcjax.ops import choice, tiled
 from mcjax.ops.popcount import quantize_activations
 
 RNG = np.random.default_rng(0)
@@ -83,3 +84,57 @@ def test_bad_shapes():
     experts = mcjax.quantize(weights(2, 64, 6), bits=2)
     with pytest.raises(ValueError, match="must be"):
         mcjax.expert_dot(weights(3, 64), experts, jnp.zeros((4, 2), int))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("product", ["popcount", "tiled"])
+def test_both_products_and_their_gradients(product, bits, monkeypatch):
+    """Several overlapping tiles; the gradient is that of the dequantised product for both."""
+    monkeypatch.setattr(tiled, "TILE_BYTES", 1 << 16)
+    planes = mcjax.quantize(weights(150, 300), bits=bits, group_size=32).slice(bits)
+    x = weights(5, 150)
+    level, scale = quantize_activations(x)
+    dense = np.asarray(planes.dequantize(), np.float64)
+    expected = np.asarray(level * scale, np.float64) @ dense
+    got = mcjax.dot(x, planes, act_bits=8, product=product)
+    np.testing.assert_allclose(got, expected, atol=1e-5 * np.abs(expected).max())
+    slope = weights(5, 300)
+    change = jax.grad(lambda x: jnp.sum(slope * mcjax.dot(x, planes, 8, product)))(x)
+    np.testing.assert_allclose(change, np.asarray(slope) @ dense.T, rtol=1e-4, atol=1e-4)
+    mapped = jax.vmap(lambda x: mcjax.dot(x, planes, 8, product))(x)
+    np.testing.assert_allclose(mapped, got, rtol=1e-5, atol=1e-5)
+
+
+def test_orders_of_features():
+    planes = mcjax.quantize(weights(150, 7), bits=3, group_size=32)
+    x = weights(2, 150)
+    np.testing.assert_array_equal(planes.feature_order(planes.plane_order(x)), x)
+    weight = planes.feature_order(planes.in_plane_order().T).T
+    np.testing.assert_allclose(planes.dequantize(), weight, atol=1e-6)
+
+
+def test_choice():
+    assert choice.product("cpu", 1, 4, 8) == "popcount"
+    assert choice.product("cpu", 512, 2, 8) == "tiled"
+    assert choice.product("cpu", 1, 2, None) == "tiled"
+    assert choice.product("gpu", 1, 2, 8) == choice.product("tpu", 1, 2, None) == "pallas"
+    assert choice.expert_rows(2, 8, 8) == 1
+    assert choice.expert_rows(32, 8, 8) == 4
+    assert choice.expert_rows(2, 8, None) == 2
+    assert choice.expert_rows(1024, 8, 8) == choice.expert_rows(1024, 8, None) == 128
+    planes = mcjax.quantize(weights(64, 6), bits=2)
+    with pytest.raises(ValueError, match="'lookup'"):
+        mcjax.dot(weights(3, 64), planes, product="lookup")
+    with pytest.raises(ValueError, match="act_bits=8"):
+        mcjax.dot(weights(3, 64), planes, product="popcount")
+
+
+def test_a_decoding_step_holds_no_dequantised_expert():
+    """Its temporaries are smaller than one dequantised expert matrix."""
+    planes = mcjax.quantize(weights(8, 512, 1024), bits=2).slice((2, 1, 1, 2, 2, 2, 1, 2))
+    x, index = weights(1, 512), jnp.asarray([[3, 1]])
+    compiled = jax.jit(lambda x, p, i: mcjax.expert_dot(x, p, i, act_bits=8)).lower(
+        x, planes, index
+    )
+    used = compiled.compile().memory_analysis().temp_size_in_bytes
+    assert 0 < used < 512 * 1024 * 4 / 2, used

@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from mcjax.bitplane import BitPlanes, MixedPlanes
+from mcjax.ops import choice
 from mcjax.ops.grouped import Weight, expert_map
-from mcjax.ops.popcount import popcount_dot
+from mcjax.ops.popcount import popcount_dot, rounded
+from mcjax.ops.tiled import tiled_dot
 
 
 def dense(weight: Weight, dtype=jnp.float32) -> jax.Array:
@@ -19,28 +21,48 @@ def dense(weight: Weight, dtype=jnp.float32) -> jax.Array:
     return weight.astype(dtype)
 
 
-def dot(x: jax.Array, planes: Weight, act_bits: int | None = None) -> jax.Array:
-    """Activations times one weight.
+def dot(
+    x: jax.Array, planes: Weight, act_bits: int | None = None, product: str | None = None
+) -> jax.Array:
+    """Activations times one weight; differentiable with respect to x.
 
     Args:
       x: float [..., d_in].
       planes: a weight of logical shape [d_in, d_out].
-      act_bits: None multiplies in x's own type; 8 rounds every row of x to int8 first and counts
-        bits, a deliberate change of numerics.
+      act_bits: None multiplies in x's own type; 8 rounds every row of x to int8 first, a deliberate
+        change of numerics that lets few rows be multiplied by counting bits.
+      product: "popcount", "tiled", or "pallas" for kernels on GPU and TPU; None for the quickest
+        here, see `mcjax.ops.choice`.
 
     Returns:
       [..., d_out] of x's dtype.
 
     Raises:
-      ValueError: if shapes do not fit or `act_bits` is neither None nor 8.
+      ValueError: if shapes do not fit, `act_bits` is neither None nor 8, or the product is unknown
+        or does not go with them.
     """
     if len(planes.shape) != 2 or x.shape[-1] != planes.shape[0]:
         raise ValueError(f"x {x.shape} does not multiply a weight of shape {planes.shape}")
-    if act_bits is None:
-        return jnp.dot(x, dense(planes, x.dtype))
-    if act_bits != 8 or not isinstance(planes, BitPlanes):
+    if act_bits not in (None, 8) or (act_bits and not isinstance(planes, BitPlanes)):
         raise ValueError(f"act_bits must be None, or 8 with BitPlanes; got {act_bits}")
-    return popcount_dot(x, planes)
+    if not isinstance(planes, BitPlanes):
+        return jnp.dot(x, dense(planes, x.dtype))
+    rows = x.reshape(-1, x.shape[-1])
+    if product is None:
+        product = choice.product(jax.default_backend(), len(rows), planes.bits, act_bits)
+    if product not in choice.PRODUCTS or (product == "popcount" and act_bits is None):
+        raise ValueError(
+            f"product {product!r} with act_bits {act_bits} is none of {choice.PRODUCTS}, or needs "
+            "act_bits=8"
+        )
+    if product == "popcount":
+        y = popcount_dot(rows, planes)
+    elif product == "pallas":
+        experts = jax.tree.map(lambda a: a[None], planes)
+        y = expert_rows_dot(rows, experts, jnp.zeros(len(rows), int), None, act_bits, product)
+    else:
+        y = tiled_dot(rows if act_bits is None else rounded(rows), planes)
+    return y.reshape(*x.shape[:-1], -1)
 
 
 def expert_dot(
@@ -49,6 +71,7 @@ def expert_dot(
     index: jax.Array,
     keep: jax.Array | None = None,
     act_bits: int | None = None,
+    product: str | None = None,
 ) -> jax.Array:
     """Every token times each of the experts it is routed to.
 
@@ -58,6 +81,7 @@ def expert_dot(
       index: int [T, K], the experts of each token.
       keep: bool [T, K]; pairs that are not kept are not computed and give zeros. None keeps all.
       act_bits: as in `dot`.
+      product: as in `dot`.
 
     Returns:
       [T, K, d_out] of x's dtype.
@@ -73,16 +97,35 @@ def expert_dot(
             f"[{x.shape[0]}, K]"
         )
     tokens, k = index.shape
-    out = expert_map(
-        partial(_one_dot, act_bits),
-        (planes,),
-        jnp.repeat(x, k, axis=0),
-        index.reshape(-1),
-        None if keep is None else keep.reshape(-1),
-    )
-    return out.reshape(tokens, k, -1)
+    rows = jnp.repeat(x, k, axis=0)
+    keep = None if keep is None else keep.reshape(-1)
+    y = expert_rows_dot(rows, planes, index.reshape(-1), keep, act_bits, product)
+    return y.reshape(tokens, k, -1)
 
 
-def _one_dot(act_bits, weights, rows):
+def expert_rows_dot(
+    x: jax.Array,
+    planes: Weight,
+    index: jax.Array,
+    keep: jax.Array | None = None,
+    act_bits: int | None = None,
+    product: str | None = None,
+) -> jax.Array:
+    """Every row times its expert: x [N, d_in], index int [N], keep bool [N] to [N, d_out].
+
+    Otherwise as `expert_dot`.
+    """
+    if product is None and jax.default_backend() != "cpu":
+        product = choice.product(jax.default_backend(), x.shape[0], 1, act_bits)
+    if not isinstance(planes, BitPlanes | MixedPlanes) or product != "pallas":
+        function = partial(_one_dot, act_bits, product)
+        block = choice.expert_rows(x.shape[0], planes.shape[0], act_bits)
+        return expert_map(function, (planes,), x, index, keep, block)
+    from mcjax.ops.pallas import grouped_dot  # what it needs of Pallas is slow to import
+
+    return grouped_dot(x if act_bits is None else rounded(x), planes, index, keep)
+
+
+def _one_dot(act_bits, product, weights, rows):
     (weight,) = weights
-    return dot(rows, weight, act_bits)
+    return dot(rows, weight, act_bits, product)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from mcjax import tables as tables_lib
 from mcjax.bitplane import WORD, BitPlanes
+from mcjax.ops.tiled import tiled_dot
+
+_ACTIVATION_PLANES = tuple(-128 if q == 7 else 1 << q for q in range(8))
 
 
 def quantize_activations(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -16,37 +22,73 @@ def quantize_activations(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.round(x.astype(jnp.float32) / scale).astype(jnp.int32), scale
 
 
+def rounded(x: jax.Array) -> jax.Array:
+    """X with every row rounded to int8 and back, with a straight-through gradient."""
+    level, scale = quantize_activations(x)
+    return x + jax.lax.stop_gradient((level * scale).astype(x.dtype) - x)
+
+
+@jax.custom_vjp
 def popcount_dot(x: jax.Array, planes: BitPlanes) -> jax.Array:
-    """X [..., d_in] times planes [d_in, d_out] with x rounded to int8 by rows.
+    """X [N, d_in] times planes [d_in, d_out] with x rounded to int8 by rows.
 
-    With q planes of x (c_q = 2^q, c_7 = -128) and S_g the sum of x over group g:
+    With q planes of x (c_q = 2^q, c_7 = -128), S_g the sum of x over group g and offsets
+    ``r_g sum_p alpha_gp``:
 
-        y_o = s sum_g [(offset_g - sum_p alpha_gp) S_g + 2 sum_p alpha_gp sum_q c_q popcount(b & x)]
+        y_o = s sum_g sum_p alpha_gp [2 sum_q c_q popcount(b_gp & x_gq) + (r_g - 1) S_g]
+
+    The gradient is that of the product with x as it is (straight through the rounding).
 
     Returns:
-      [..., d_out] of x's dtype.
+      [N, d_out] of x's dtype.
     """
-    bits, words, groups, d_out = planes.planes.shape
-    rows, scale = quantize_activations(x.reshape(-1, x.shape[-1]))
-    rows = jnp.pad(rows, ((0, 0), (0, groups * planes.group_size - planes.d_in)))
-    grouped = rows.reshape(-1, groups, words, WORD)
-    alpha, offset = tables_lib.decode(planes.tables[-1], bits)
+    bits, words, groups, _ = planes.planes.shape
+    level, scale = quantize_activations(x)
+    level = jnp.pad(level, ((0, 0), (0, groups * planes.group_size - planes.d_in)))
+    level = level.reshape(-1, groups, words, WORD)
+    total = jnp.sum(level, axis=(-1, -2)).astype(jnp.float32)
     shifts = jnp.arange(WORD, dtype=jnp.uint32)
-    unsigned = grouped.astype(jnp.uint32)
+    place = jnp.arange(8, dtype=jnp.uint32)[:, None, None, None]
+    bit = (level.astype(jnp.uint32)[:, None] >> place) & 1
+    activation = jnp.sum(bit << shifts, axis=-1, dtype=jnp.uint32)  # [N, 8, groups, words]
+    table, last = planes.tables[-1], tables_lib.num_steps(bits) - 1
+    relative: Any = -1.0
+    if tables_lib.has_offset(bits):
+        relative = tables_lib.offset_ratio(table[-1]) - 1
 
-    def one_row(row, total):
-        # row: uint32 [groups, words, 32]; total: int32 [groups]
-        y = jnp.sum((offset - jnp.sum(alpha, axis=0)) * total[:, None], axis=0)
+    alpha = tables_lib.step_value(table[: last + 1])
+    if last < bits - 1:  # uniform
+        alpha = alpha * tables_lib.basis(bits)[0, :, None, None]
+
+    def one_row(row):
+        activation, total = row
+        y: Any = 0.0
         for p in range(bits):
-            count = jnp.zeros((groups, d_out), jnp.int32)
-            for q in range(8):
-                word = jnp.sum(((row >> q) & 1) << shifts, axis=-1, dtype=jnp.uint32)
+            count: Any = 0
+            for q, c in enumerate(_ACTIVATION_PLANES):
                 for v in range(words):
-                    both = planes.planes[p, v] & word[:, v, None]
-                    weight = -128 if q == 7 else 1 << q
-                    count = count + weight * jax.lax.population_count(both).astype(jnp.int32)
-            y = y + jnp.sum(2 * alpha[p] * count, axis=0)
-        return y
+                    both = planes.planes[p, v] & activation[q, :, v, None]
+                    count = count + c * jax.lax.population_count(both).astype(jnp.int32)
+            y = y + alpha[p] * ((2 * count).astype(jnp.float32) + relative * total[:, None])
+        return jnp.sum(y, axis=0)
 
-    y = jax.vmap(one_row)(unsigned, jnp.sum(grouped, axis=(-1, -2)))
-    return (y * scale).reshape(*x.shape[:-1], d_out).astype(x.dtype)
+    # A loop decodes the table once for all rows; vmap would fuse decoding into each.
+    y = jax.lax.map(one_row, (activation, total))
+    return (y * scale).astype(x.dtype)
+
+
+def _forward(x, planes):
+    return popcount_dot(x, planes), planes
+
+
+def _backward(planes, cotangent):
+    rows = jnp.zeros((*cotangent.shape[:-1], planes.d_in), cotangent.dtype)
+    (change,) = jax.vjp(partial(_straight, planes), rows)[1](cotangent)
+    return change, None
+
+
+def _straight(planes, x):
+    return tiled_dot(x, planes)
+
+
+popcount_dot.defvjp(_forward, _backward)

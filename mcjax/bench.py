@@ -1,0 +1,373 @@
+"""Times of products, decoding, prefill and loading beside what a user would pick instead.
+
+All figures are medians over repetitions in which the candidates take turns, so that a machine's
+moods meet all of them. Speeds are ratios within one run; every product carries its error.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mcjax import bitplane, serving
+from mcjax.bitplane import BitPlanes
+from mcjax.compress import compress
+from mcjax.convert import HuggingFaceFolder
+from mcjax.demo import EMBEDDED
+from mcjax.generate import Sampling, decode, prefill
+from mcjax.models.config import MixtralConfig
+from mcjax.models.mixtral import Mixtral, PlaneSpec, empty_cache
+from mcjax.ops import dot, expert_dot
+
+SHAPE = (4096, 14336)
+"""d_in, d_out of the products: up and gate of a Mixtral-8x7B expert."""
+
+MOE = MixtralConfig(
+    vocab_size=8192,
+    hidden_size=1024,
+    intermediate_size=1792,
+    num_hidden_layers=4,
+    num_attention_heads=16,
+    num_key_value_heads=4,
+    head_dim=64,
+    num_local_experts=8,
+    num_experts_per_tok=2,
+    max_position_embeddings=1024,
+    tie_word_embeddings=True,
+)
+"""The model that decoding and prefill are timed on: 195 million parameters, random ones."""
+
+BUDGET = 2.0
+_PROMPT = 512
+
+
+def bench(
+    repeats: int = 11, progress: Callable[..., Any] = lambda items, **_: items
+) -> dict[str, Any]:
+    """Everything that `mcjax bench` reports.
+
+    Args:
+      repeats: of every measurement, beside two to warm up.
+      progress: wraps the iteration over the parts.
+
+    Returns:
+      `machine`; `products`, `experts`, `decode`, `prefill` and `load`, lists of rows with `name`,
+      `ms` (median), `spread_ms` (lower and upper quartile) and `speedup`, over the first row.
+
+    Raises:
+      ValueError: if `repeats` is less than 1.
+    """
+    if repeats < 1:
+        raise ValueError(f"--repeats must be at least 1, got {repeats}")
+    parts = {
+        "products": products,
+        "experts": experts,
+        "decode": decoding,
+        "prefill": prefilling,
+        "load": loading,
+    }
+    facts: dict[str, Any] = {"machine": machine()}
+    for name in progress(list(parts), description="bench"):
+        facts[name] = parts[name](repeats)
+    return facts
+
+
+def machine() -> dict[str, Any]:
+    """Device, versions, and the bandwidth at which it copies 256 MB, read and written, in GB/s."""
+    source = jnp.ones(32 << 20, jnp.float32)
+    target = jnp.zeros(32 << 20, jnp.float32)
+    add = jax.jit(lambda a, b: b + a, donate_argnums=1)  # into a buffer that is mapped already
+    seconds = []
+    for _ in range(9):
+        start = time.perf_counter()
+        target = jax.block_until_ready(add(source, target))
+        seconds.append(time.perf_counter() - start)
+    packages = ("jax", "jaxlib", "flax", "numpy", "torch")
+    return {
+        "device": jax.devices()[0].device_kind,
+        "platform": jax.default_backend(),
+        "processor": _processor(),
+        "bandwidth_gb_s": 3 * source.nbytes / float(np.median(seconds)) / 1e9,
+        "versions": {p: version(p) for p in packages if importlib.util.find_spec(p)},
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration, IndexError):
+        return platform.processor()
+
+
+def timed(
+    candidates: Mapping[str, Callable[[], Any]], repeats: int, **facts: Any
+) -> list[dict[str, Any]]:
+    """Times functions without arguments, taking turns; the first is what others are compared to.
+
+    Args:
+      candidates: name -> function; what it returns is waited for.
+      repeats: how often each is timed.
+      **facts: put into every row.
+
+    Returns:
+      Rows as in `bench`.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for turn in range(repeats + 2):
+        for name, function in candidates.items():
+            start = time.perf_counter()
+            jax.block_until_ready(function())
+            if turn >= 2:
+                seconds[name].append(time.perf_counter() - start)
+    rows = []
+    for name, values in seconds.items():
+        low, middle, high = 1e3 * np.percentile(values, [25, 50, 75])
+        rows.append({"name": name, "ms": middle, "spread_ms": [low, high], **facts})
+    for row in rows:
+        row["speedup"] = rows[0]["ms"] / row["ms"]
+    return rows
+
+
+def random_planes(
+    key: jax.Array, shape: tuple[int, ...], bits: int, group_size: int | None = None
+) -> BitPlanes:
+    """Planes of random bits with tables of random steps around those of trained weights."""
+    like = bitplane.empty(shape, bits, group_size)
+    of_bits, of_tables = jax.random.split(key)
+    table = jax.random.randint(of_tables, like.tables[0].shape, 88, 120)
+    return BitPlanes(
+        planes=jax.random.bits(of_bits, like.planes.shape, jnp.uint32),
+        tables=(table.astype(jnp.uint8),),
+        widths=like.widths,
+        d_in=like.d_in,
+        group_size=like.group_size,
+    )
+
+
+def products(repeats: int, shape: tuple[int, int] = SHAPE) -> list[dict[str, Any]]:
+    """`mcjax.dot` at several widths and numbers of rows beside `jnp.dot` and torch."""
+    rows = []
+    key = jax.random.key(0)
+    weight = jax.random.normal(key, shape, jnp.float32)
+    half = weight.astype(jnp.bfloat16)
+    planes = {k: random_planes(jax.random.fold_in(key, k), shape, k) for k in (1, 2, 3, 4)}
+    multiply = jax.jit(jnp.dot)
+    ours = {act: jax.jit(partial(dot, act_bits=act)) for act in (None, 8)}
+    for tokens in (1, 16, 256):
+        x = jax.random.normal(jax.random.fold_in(key, 9), (tokens, shape[0]))
+        candidates: dict[str, Callable] = {"jnp.dot float32": partial(multiply, x, weight)}
+        candidates["jnp.dot bfloat16"] = partial(multiply, x.astype(jnp.bfloat16), half)
+        candidates |= _torch_product(x, half)
+        facts: dict[str, tuple[float, float | None]] = {"jnp.dot float32": (4, None)}
+        for k, p in planes.items():
+            exact = _float64_product(x, p)
+            for act in (8, None) if tokens < 256 else (None,):
+                name = f"mcjax {k} bits" + (", int8 activations" if act else "")
+                candidates[name] = partial(ours[act], x, p)
+                error = np.linalg.norm(np.asarray(candidates[name]()) - exact)
+                facts[name] = (p.nbytes / weight.size, float(error / np.linalg.norm(exact)))
+        for row in timed(candidates, repeats, tokens=tokens):
+            per_weight, error = facts.get(row["name"], (2, None))
+            rows.append({**row, "bytes": per_weight * weight.size, "error": error})
+    return rows
+
+
+def _float64_product(x, planes):
+    return np.asarray(x, np.float64) @ np.asarray(planes.dequantize(), np.float64)
+
+
+def _torch_product(x, weight) -> dict[str, Callable]:
+    if not importlib.util.find_spec("torch"):
+        return {}
+    import torch
+
+    rows = torch.from_numpy(np.array(x)).bfloat16()
+    matrix = torch.from_numpy(np.array(weight.astype(jnp.float32))).bfloat16()
+
+    def product():
+        return float((rows @ matrix)[0, 0])
+
+    return {"torch bfloat16": product}
+
+
+def experts(repeats: int) -> list[dict[str, Any]]:
+    """Two of eight experts of one token, beside a gathered einsum and `ragged_dot` in float32."""
+    e, d_in, d_out = 8, 2048, 7168
+    key = jax.random.key(1)
+    weight = jax.random.normal(key, (e, d_in, d_out), jnp.float32)
+    x, index = jax.random.normal(key, (1, d_in)), jnp.array([[5, 2]])
+    gathered = jax.jit(lambda x, w, i: jnp.einsum("ti,tkio->tko", x, w[i]))
+
+    def ragged(x, w, i):
+        order = jnp.argsort(i[0])
+        sizes = jnp.bincount(i[0], length=e)
+        return jax.lax.ragged_dot(jnp.repeat(x, 2, 0), w, sizes.astype(jnp.int32))[order]
+
+    candidates = {
+        "einsum of gathered experts": partial(gathered, x, weight, index),
+        "ragged_dot": partial(jax.jit(ragged), x, weight, index),
+        "mcjax dense": partial(jax.jit(expert_dot), x, weight, index),
+    }
+    for k in (1, 2, 3):
+        planes = random_planes(jax.random.fold_in(key, k), (e, d_in, d_out), k)
+        ours = jax.jit(partial(expert_dot, act_bits=8))
+        candidates[f"mcjax {k} bits, int8 activations"] = partial(ours, x, planes, index)
+    mixed = bitplane.MixedPlanes(
+        stacks=tuple(
+            jax.tree.map(lambda a: a[:4], random_planes(key, (e, d_in, d_out), k)) for k in (1, 3)
+        ),
+        allocation=(1, 3) * 4,
+    )
+    candidates["mcjax 1 and 3 bits, int8 activations"] = partial(ours, x, mixed, index)
+    return timed(candidates, repeats)
+
+
+def served_moe(budget: float = BUDGET, act_bits: int | None = 8) -> tuple[Mixtral, Any]:
+    """`MOE` from planes of random bits, half of its experts a bit above and half below `budget`."""
+    per_layer = (int(budget) + 1, int(budget) - 1) * (MOE.num_local_experts // 2)
+    spec = PlaneSpec(allocation=(per_layer,) * MOE.num_hidden_layers, attention=4)
+    module = Mixtral(MOE, planes=spec, act_bits=act_bits)
+
+    def fill(path, leaf, key):
+        key = jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()) >> 1)
+        if leaf.dtype == jnp.uint32:
+            return jax.random.bits(key, leaf.shape, jnp.uint32)
+        if leaf.dtype == jnp.uint8:
+            return jax.random.randint(key, leaf.shape, 60, 80).astype(jnp.uint8)
+        return leaf
+
+    @jax.jit
+    def init(key):
+        params = module.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+        return jax.tree_util.tree_map_with_path(partial(fill, key=key), params)
+
+    return module, init(jax.random.key(0))
+
+
+def dense_moe(dtype: Any = jnp.float32) -> tuple[Mixtral, Any]:
+    """`MOE` with dense random weights, each routed expert a product of its own."""
+    module = Mixtral(MOE, dtype=dtype)
+    init = jax.jit(lambda key: module.init(key, jnp.zeros((1, 2), jnp.int32))["params"])
+    return module, jax.tree.map(lambda a: a.astype(dtype), init(jax.random.key(0)))
+
+
+def decoding(repeats: int, steps: int = 8) -> list[dict[str, Any]]:
+    """Milliseconds a token of `MOE` at batch 1, in a cache of 512 tokens."""
+    candidates = {}
+    models = {
+        "dense float32": dense_moe(),
+        f"mcjax {BUDGET:g} bits, int8 activations": served_moe(),
+        f"mcjax {BUDGET:g} bits": served_moe(act_bits=None),
+    }
+    greedy, key = Sampling(), jax.random.key(0)
+    for name, (module, params) in models.items():
+
+        def run(module=module, params=params):
+            cache = empty_cache(MOE, 1, _PROMPT, module.dtype)
+            token = jnp.zeros(1, jnp.int32)
+            for i in range(steps):
+                token, cache = decode(module, params, token, jnp.full(1, i), cache, key, greedy)
+            return token
+
+        candidates[name] = run
+    rows = timed(candidates, repeats)
+    for row in rows:
+        row["ms"] /= steps
+        row["spread_ms"] = [value / steps for value in row["spread_ms"]]
+        row["tokens_per_second"] = 1e3 / row["ms"]
+        row["bytes_held"] = sum(a.nbytes for a in jax.tree.leaves(models[row["name"]][1]))
+    return rows
+
+
+def prefilling(repeats: int, tokens: int = _PROMPT) -> list[dict[str, Any]]:
+    """Reading a prompt of 512 tokens."""
+    models = {
+        "dense float32": dense_moe(),
+        f"mcjax {BUDGET:g} bits, int8 activations": served_moe(),
+        f"mcjax {BUDGET:g} bits": served_moe(act_bits=None),
+    }
+    prompt = jax.random.randint(jax.random.key(1), (1, tokens), 0, MOE.vocab_size)
+    greedy, key, length = Sampling(), jax.random.key(0), jnp.full(1, tokens)
+
+    def run(module, params):
+        cache = empty_cache(MOE, 1, tokens, module.dtype)
+        return prefill(module, params, prompt, length, cache, key, greedy)[0]
+
+    return timed({name: partial(run, *model) for name, model in models.items()}, repeats)
+
+
+def loading(repeats: int) -> list[dict[str, Any]]:
+    """Reading the embedded model: dense from safetensors, and from its artifact at each width."""
+    with tempfile.TemporaryDirectory() as folder:
+        artifact = Path(folder) / "artifact"
+        compress(EMBEDDED, artifact, EMBEDDED / "calibration.txt", samples=4, seq_len=128)
+        candidates: dict[str, Callable] = {
+            "safetensors": lambda: HuggingFaceFolder(EMBEDDED).read(np.float32)
+        }
+        for k in (1, 2, 4):
+            candidates[f"artifact, {k} bits"] = lambda k=k: serving.load(artifact, bits=k).params
+        return timed(candidates, repeats)
+
+
+def tables(facts: Mapping[str, Any]) -> list[Any]:
+    """The facts of `bench` as rich tables.
+
+    A product's roofline is the time to read its weight once at the bandwidth of copying.
+    """
+    from rich.table import Table
+
+    here = facts["machine"]
+    d_in, d_out = SHAPE
+    parameters = sum(a.size for a in jax.tree.leaves(jax.eval_shape(lambda: dense_moe()[1])))
+    titles = {
+        "products": f"{d_in} x {d_out} products",
+        "experts": "2 of 8 experts of 2048 x 7168, one token",
+        "decode": f"decoding, batch 1, a model of {parameters / 1e6:.0f} million parameters",
+        "prefill": f"prefill of {_PROMPT} tokens, the same model",
+        "load": "loading the embedded model",
+    }
+    every = []
+    for part, title in titles.items():
+        table = Table(title=title, title_justify="left", title_style="bold")
+        table.add_column("")
+        for name in ("ms", "speed-up", *(_EXTRA.get(part, ()))):
+            table.add_column(name, justify="right")
+        last = None
+        for row in facts[part]:
+            if last is not None and row.get("tokens") != last:
+                table.add_section()
+            last = row.get("tokens")
+            cells = [row["name"], f"{row['ms']:.3g}", f"{row['speedup']:.2f}x"]
+            if part == "products":
+                bound = row["bytes"] / here["bandwidth_gb_s"] / 1e6
+                error = "" if row["error"] is None else f"{row['error']:.1e}"
+                cells += [str(row["tokens"]), f"{bound / row['ms']:.0%}", error]
+            elif part == "decode":
+                cells += [f"{row['tokens_per_second']:.0f}", f"{row['bytes_held'] / 1e6:.0f}"]
+            table.add_row(*cells)
+        every.append(table)
+    versions = ", ".join(f"{k} {v}" for k, v in here["versions"].items())
+    every[-1].caption = (
+        f"{here['platform']}: {here['device']}, {here['processor']}; copies at "
+        f"{here['bandwidth_gb_s']:.1f} GB/s; {versions}"
+    )
+    return every
+
+
+_EXTRA = {
+    "products": ("tokens", "of roofline", "error"),
+    "decode": ("tokens/s", "MB held"),
+}

@@ -1,0 +1,50 @@
+"""Which product to use, from measured crossovers; benchmarks/README.md has the figures."""
+
+from __future__ import annotations
+
+PRODUCTS = ("popcount", "tiled", "pallas")
+
+POPCOUNT_WORK = 64
+"""Rows times planes up to which counting bits beats dequantising on a CPU: 64 rows at 1 bit, 16 at
+4. It costs a pass over the planes a row, dequantising one for all rows."""
+
+EXPERT_ROWS = 128
+"""Most rows of one expert that are multiplied at once."""
+
+
+def product(platform: str, rows: int, bits: int, act_bits: int | None) -> str:
+    """The quicker product of rows with planes.
+
+    On GPU and TPU that is by design, not by measurement: none was at hand.
+
+    Args:
+      platform: "cpu", "gpu" or "tpu".
+      rows: of activations.
+      bits: planes of the weight.
+      act_bits: 8 if activations are rounded to int8, which counting bits needs.
+
+    Returns:
+      One of `PRODUCTS`.
+    """
+    if platform in ("gpu", "tpu"):
+        return "pallas"
+    if platform == "cpu" and act_bits == 8 and rows * bits <= POPCOUNT_WORK:
+        return "popcount"
+    return "tiled"
+
+
+def expert_rows(rows: int, experts: int, act_bits: int | None) -> int:
+    """How many rows of one expert to multiply at once.
+
+    Counting bits wants no more than there are likely to be, since rows that fill a block up cost as
+    much as others; dequantising wants one block an expert.
+
+    Args:
+      rows: routed rows in all.
+      experts: that share them.
+      act_bits: as in `product`.
+    """
+    share = -(-rows // experts)
+    if act_bits == 8 and share <= EXPERT_ROWS // 8:
+        return 1 << (share - 1).bit_length()
+    return min(rows, EXPERT_ROWS)

@@ -1,0 +1,465 @@
+"""Pallas kernels for GPU and TPU: rows grouped by expert, times planes, one tile at a time.
+
+A *unit* is what one word of a group holds: 32 input features of each of `G` consecutive groups.
+Bit j of its words is one slab of the weight, [G, block_out], elementwise with the table entries of
+the same G groups, so a slab is made in registers without moving anything. The features of x are
+put in that order instead, once, while its rows are gathered: x becomes [units, rows, 32 * G] with
+unit ``tile * words + v`` and, inside, feature ``j * G + g`` for bit j and group g of the tile.
+
+Both kernels share that order, the plan of blocks and how a slab is made. They differ in the rest:
+
+* GPU (Triton): a program owns [block_rows, block_out] of the result and loops over units and bits,
+  one ``[block_rows, G] @ [G, block_out]`` product a bit, since register tiles cannot be joined
+  cheaply there. Blocks of fewer rows than the matrix unit takes, as when decoding, leave it alone:
+  slabs would go to it through shared memory, with a barrier a bit, when a multiplication a row
+  keeps them where they are; groups are summed once, at the end. When the grid is too small for the
+  device, units are split over programs and their partial sums added afterwards.
+* TPU (Mosaic): stacking 32 slabs of whole tiles of registers moves nothing, so the grid visits a
+  unit at a time and multiplies all its ``32 * G`` features at once, for few rows too. Experts
+  steer the copies of planes through scalar prefetch, and the grid ends at the last block that has
+  rows.
+
+JAX deprecates its Triton backend from 0.11 on, without a date; `_gpu_call` is all that needs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas import triton as pltriton
+
+from mcjax import tables as tables_lib
+from mcjax.bitplane import WORD, BitPlanes, MixedPlanes
+from mcjax.ops.grouped import _group, expert_map
+
+TARGETS = ("gpu", "tpu")
+
+_LEAST = 16  # rows, groups or outputs that a product on a GPU's matrix unit takes at least
+_MOST_ROWS = 128
+_LANES = 128
+_PROGRAMS = 512  # about four for each multiprocessor of a data-centre GPU
+
+
+def supported(shape: Sequence[int], group_size: int, width: int, dtype: Any) -> bool:
+    """Whether the kernels multiply rows of `dtype` with such planes, on GPU and TPU alike.
+
+    Sizes need not be multiples of any tile: edges are masked.
+
+    Args:
+      shape: logical [E, d_in, d_out], none of them 0.
+      group_size: input features that share a table entry.
+      width: planes of each expert, at most.
+      dtype: of the rows.
+    """
+    if len(shape) != 3 or min(shape) < 1 or group_size < WORD or group_size % WORD:
+        return False
+    experts, d_in, d_out = shape
+    # Triton addresses arrays of up to 4 GiB with signed 32-bit offsets, too few for bytes.
+    table = experts * tables_lib.num_rows(width) * pl.cdiv(d_in, group_size) * d_out
+    return 1 <= width <= 8 and table < 2**31 and jnp.dtype(dtype) in (jnp.float32, jnp.bfloat16)
+
+
+class _Config(NamedTuple):
+    """What is fixed when a product is traced.
+
+    Attributes:
+      block_rows: rows of one block, None to choose.
+      block_out: output features of one block, None to choose.
+      target: "gpu", "tpu", or None for whatever the program is lowered for.
+      interpret: run the kernel in Pallas' interpreter.
+    """
+
+    block_rows: int | None
+    block_out: int | None
+    target: str | None
+    interpret: bool | pltpu.InterpretParams
+
+
+def grouped_dot(
+    x: jax.Array,
+    planes: BitPlanes | MixedPlanes,
+    index: jax.Array,
+    keep: jax.Array | None = None,
+    *,
+    block_rows: int | None = None,
+    block_out: int | None = None,
+    target: str | None = None,
+    interpret: bool | pltpu.InterpretParams = False,
+) -> jax.Array:
+    """Every row times its own expert, as `mcjax.ops.grouped.expert_map` does for one product.
+
+    Rows are grouped by expert and padded to whole blocks; blocks without rows, and so rows that
+    are not kept, cost nothing. Weights are rounded to x's dtype (not for fewer than 16 rows on
+    GPU), sums are float32; float32 rows are multiplied at the default precision of `jnp.dot`. The
+    gradient with respect to x runs in plain JAX, the planes have none.
+
+    Args:
+      x: float32 or bfloat16 [N, d_in].
+      planes: a weight of logical shape [E, d_in, d_out]; each width of `MixedPlanes` is one kernel
+        call, over its own experts' blocks alone.
+      index: int [N], each row's expert.
+      keep: bool [N] or None for all.
+      block_rows: rows of a block, a power of two (on TPU at least 16 are taken); by default twice
+        what an expert has on average, at most 128.
+      block_out: output features of a block, a power of two (on GPU at least 16 are taken, on TPU
+        128); by default 64 to 256.
+      target: "gpu" or "tpu" takes that kernel; None takes the one of the platform that the program
+        is lowered for, and plain JAX on others or where nothing is `supported`.
+      interpret: runs the kernel (that of the GPU unless `target` says otherwise) in Pallas'
+        interpreter, on any platform; that of the TPU also in its simulator.
+
+    Returns:
+      [N, d_out] of x's dtype; zeros where a row is not kept.
+
+    Raises:
+      ValueError: if shapes do not fit, blocks are not such sizes, or a kernel is demanded for what
+        it does not support.
+    """
+    x, index = jnp.asarray(x), jnp.asarray(index)
+    keep = jnp.ones(index.shape, bool) if keep is None else jnp.asarray(keep)
+    if x.ndim != 2 or len(planes.shape) != 3 or x.shape[1] != planes.shape[1]:
+        raise ValueError(f"x {x.shape} does not multiply experts of shape {planes.shape}")
+    if index.shape != x.shape[:1] or keep.shape != x.shape[:1]:
+        raise ValueError(f"index {index.shape} and keep {keep.shape} must be [{x.shape[0]}]")
+    if target not in (None, *TARGETS):
+        raise ValueError(f"target must be None or one of {TARGETS}, got {target!r}")
+    for name, size in (("block_rows", block_rows), ("block_out", block_out)):
+        if size is not None and (size < 1 or size & (size - 1)):
+            raise ValueError(f"{name} must be a power of two, got {size}")
+    target = "gpu" if interpret and target is None else target
+    width = max(stack.bits for stack in _stacks(planes))
+    fits = x.shape[0] > 0 and supported(planes.shape, planes.group_size, width, x.dtype)
+    if not fits and target is not None:
+        raise ValueError(
+            f"no kernel for {x.dtype} rows {x.shape} times planes of shape {planes.shape}, groups "
+            f"of {planes.group_size} and {width} bits"
+        )
+    if not fits:
+        return _reference(x, planes, index, keep)
+    return _grouped_dot(_Config(block_rows, block_out, target, interpret), x, planes, index, keep)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _grouped_dot(config: _Config, x, planes, index, keep):
+    if config.target is not None:
+        return _product(config.target, config, x, planes, index, keep)
+    return lax.platform_dependent(
+        x,
+        planes,
+        index,
+        keep,
+        cuda=partial(_product, "gpu", config),
+        tpu=partial(_product, "tpu", config),
+        default=_reference,
+    )
+
+
+def _forward(config, x, planes, index, keep):
+    return _grouped_dot(config, x, planes, index, keep), (planes, index, keep)
+
+
+def _backward(config, residuals, cotangent):
+    planes, index, keep = residuals
+    # The product is linear in x: its transpose needs no rows, only their shape.
+    rows = jnp.zeros((cotangent.shape[0], planes.shape[1]), cotangent.dtype)
+    _, transpose = jax.vjp(lambda x: _reference(x, planes, index, keep), rows)
+    return *transpose(cotangent), None, None, None
+
+
+_grouped_dot.defvjp(_forward, _backward)
+
+
+def _reference(x, planes, index, keep):
+    return expert_map(_dequantized_dot, (planes,), x, index, keep)
+
+
+def _dequantized_dot(weights, rows):
+    (weight,) = weights
+    return jnp.dot(rows, weight.dequantize(rows.dtype))
+
+
+def _stacks(planes: BitPlanes | MixedPlanes) -> tuple[BitPlanes, ...]:
+    return planes.stacks if isinstance(planes, MixedPlanes) else (planes,)
+
+
+class _Plan(NamedTuple):
+    """Rows put into blocks of one expert each, stack by stack and there expert by expert.
+
+    Attributes:
+      source: int32 [rows], the row of x for each row of the blocks, N for filling.
+      place: int32 [N], where each row of x went, `rows` if it is not kept.
+      slots: int32 [blocks], each block's expert as its place in its stack.
+      spans: int32 [stacks, 2], the first block of each stack and how many it has.
+    """
+
+    source: jax.Array
+    place: jax.Array
+    slots: jax.Array
+    spans: jax.Array
+
+
+def _plan(planes, index, keep, block_rows) -> _Plan:
+    rows, experts = index.shape[0], planes.shape[0]
+    sizes = [stack.shape[0] for stack in _stacks(planes)]
+    edges = np.cumsum([0, *sizes])
+    slot = np.concatenate([np.arange(size) for size in sizes])
+    if isinstance(planes, MixedPlanes):
+        rank = jnp.asarray([edges[s] + place for s, place in planes.location], jnp.int32)
+        index = rank[index]
+    # An expert's last block may be all but one row filling. One block more than can be used is
+    # where a kernel without blocks may write.
+    blocks = (rows + min(experts, rows) * (block_rows - 1)) // block_rows + 1
+    groups = _group(index, keep, experts)
+    blocks_of = pl.cdiv(groups.rows_of, block_rows)
+    end = jnp.cumsum(blocks_of)
+    start = end - blocks_of
+    numbers = jnp.arange(rows, dtype=jnp.int32)
+    position = jnp.zeros(rows, jnp.int32).at[groups.order].set(numbers)
+    place = start[index] * block_rows + position - groups.first[index]
+    place = jnp.where(keep, place, blocks * block_rows).astype(jnp.int32)
+    source = jnp.full(blocks * block_rows, rows, jnp.int32).at[place].set(numbers, mode="drop")
+    owner = jnp.searchsorted(end, jnp.arange(blocks), side="right")
+    slots = jnp.asarray(slot, jnp.int32)[jnp.minimum(owner, experts - 1)]
+    first = start[edges[:-1]]
+    spans = jnp.stack([first, end[edges[1:] - 1] - first], axis=1)
+    return _Plan(source, place, slots, spans.astype(jnp.int32))
+
+
+def _product(target, config, x, planes, index, keep):
+    rows, (experts, _, d_out) = x.shape[0], planes.shape
+    # Twice the average, since an uneven load would make several blocks read the same planes.
+    block_rows = config.block_rows or _power_of_two(pl.cdiv(2 * rows, experts), 1, _MOST_ROWS)
+    groups = _stacks(planes)[0].planes.shape[-2]
+    if target == "gpu":
+        most = config.block_out or (64 if block_rows <= _LEAST else 128)
+        tile, call = _LEAST, _gpu_call
+        block_out = _power_of_two(d_out, _LEAST, max(most, _LEAST))
+    else:
+        block_rows = max(block_rows, _LEAST)  # one register of bfloat16
+        # 32 groups are a whole tile of bytes, which is what tables are.
+        tile, call = _power_of_two(groups, 8, 32), _tpu_call
+        block_out = min(d_out, max(config.block_out or 256, _LANES))
+    plan = _plan(planes, index, keep, block_rows)
+    ordered = _order(x, plan.source, groups, planes.group_size, tile)
+    out: Any = None  # each stack's kernel adds its own blocks to what the ones before wrote
+    for s, stack in enumerate(_stacks(planes)):
+        out = call(
+            plan.spans[s], plan.slots, ordered, stack, out, block_rows, block_out, config.interpret
+        )
+    y = out.at[:, plan.place].get(mode="clip").sum(0)
+    return jnp.where(keep[:, None], y, 0).astype(x.dtype)
+
+
+def _power_of_two(size, least, most):
+    return min(most, max(least, pl.next_power_of_2(size)))
+
+
+def _order(x, source, groups, group_size, tile):
+    """Gathered rows [rows, d_in] as [units, rows, 32 * tile], zero where there is no feature."""
+    tiles, words = pl.cdiv(groups, tile), group_size // WORD
+    x = x.at[source].get(mode="fill", fill_value=0)
+    x = jnp.pad(x, ((0, 0), (0, tiles * tile * group_size - x.shape[1])))
+    x = x.reshape(-1, tiles, tile, words, WORD).transpose(1, 3, 0, 4, 2)
+    return x.reshape(tiles * words, -1, WORD * tile)
+
+
+def _decode(codes: list[jax.Array], width: int) -> tuple[list[jax.Array], jax.Array]:
+    """A table's rows, each int [G, block_out], as what set bits add and what no bit gives.
+
+    The sums of `mcjax.tables.decode` written without leading axes, which registers do not have.
+    Any byte decodes to a finite number, so that entries beyond the last group, whatever they are,
+    vanish in products with the zeros of x there.
+    """
+    steps = [tables_lib.step_value(code) for code in codes[: tables_lib.num_steps(width)]]
+    if len(steps) == width:
+        half_span, added = sum(steps[1:], start=steps[0]), [2 * step for step in steps]
+    else:
+        half_span, added = steps[0] * ((2**width - 1) / 2), steps
+    if not tables_lib.has_offset(width):
+        return added, -half_span
+    return added, (tables_lib.offset_ratio(codes[-1]) - 1) * half_span
+
+
+def _slab(words: list[jax.Array], j, added: list[jax.Array], base: jax.Array) -> jax.Array:
+    """Bit `j` of words uint32 [G, block_out], one of each plane, as weights float32."""
+    bits = [lax.shift_right_logical(word, jnp.full_like(word, j)) & 1 for word in words]
+    if len(added) == len(bits):
+        value = base
+        for bit, step in zip(bits, added, strict=True):
+            value = value + jnp.where(bit == 1, step, 0.0)
+        return value
+    code = bits[0]
+    for bit in bits[1:]:
+        code = 2 * code + bit
+    return base + added[0] * code.astype(jnp.int32).astype(jnp.float32)
+
+
+def _gpu_call(span, slots, x, stack: BitPlanes, out, block_rows, block_out, interpret):
+    units, rows, _ = x.shape
+    d_out = stack.shape[-1]
+    grid = (slots.shape[0] - 1, pl.cdiv(d_out, block_out))
+    splits = max(1, min(units, _PROGRAMS // (grid[0] * grid[1])))
+    dtype = x.dtype if splits == 1 else jnp.float32
+    existing = () if out is None else (out,)
+    return pl.pallas_call(
+        partial(_gpu_kernel, block_rows, block_out, splits),
+        grid=(*grid, splits),
+        out_shape=jax.ShapeDtypeStruct((splits, rows, d_out), dtype),
+        input_output_aliases={5: 0} if existing else {},
+        compiler_params=pltriton.CompilerParams(
+            num_warps=8 if block_rows * block_out >= 2**14 else 4
+        ),
+        interpret=interpret,
+        name="planes_grouped_dot",
+    )(span, slots, x, stack.planes, stack.tables[-1], *existing)
+
+
+def _gpu_kernel(block_rows, block_out, splits, span, slots, x, planes, table, *existing_and_out):
+    out = existing_and_out[-1]
+    _, width, words, groups, d_out = planes.shape
+    units, _, features = x.shape
+    tile = features // WORD
+    i, o, s = (pl.program_id(axis) for axis in range(3))
+    outs = pl.ds(o * block_out, block_out)
+    in_out = None
+    if d_out % block_out:
+        in_out = o * block_out + lax.broadcasted_iota(jnp.int32, (1, block_out), 1) < d_out
+
+    def load(ref, *place):
+        start = place[-1] * tile
+        # Pallas' interpreter wants arrays for the indices of a masked load.
+        at = ref.at[(*map(jnp.int32, place[:-1]), pl.ds(start, tile), outs)]
+        mask = in_out
+        if groups % tile:
+            in_groups = start + lax.broadcasted_iota(jnp.int32, (tile, 1), 0) < groups
+            mask = in_groups if mask is None else in_groups & mask
+        if mask is None:
+            return pltriton.load(at)
+        mask = jnp.broadcast_to(mask, (tile, block_out))
+        return pltriton.load(at, mask=mask, other=jnp.zeros((), ref.dtype))
+
+    @pl.when(i < span[1])
+    def one_block():
+        block = span[0] + i
+        slot = slots[block]
+        rows = pl.ds(block * block_rows, block_rows)
+        few = block_rows < _LEAST
+
+        def multiply(total, weight, u, features):
+            if not few:
+                product = jnp.dot(
+                    x[u, rows, features],
+                    weight.astype(x.dtype),
+                    preferred_element_type=jnp.float32,
+                )
+                return [total[0] + product]
+            parts = [x[u, block * block_rows + r, features] for r in range(block_rows)]
+            return [
+                of_row + part.astype(jnp.float32)[:, None] * weight
+                for of_row, part in zip(total, parts, strict=True)
+            ]
+
+        def one_unit(u, total):
+            t, v = u // words, u % words
+            codes = [load(table, slot, r, t).astype(jnp.int32) for r in range(table.shape[1])]
+            added, base = _decode(codes, width)
+            of_planes = [load(planes, slot, p, v, t) for p in range(width)]
+
+            def one_bit(j, total):
+                weight = _slab(of_planes, j.astype(jnp.uint32), added, base)
+                return multiply(total, weight, u, pl.ds(j * tile, tile))
+
+            return lax.fori_loop(0, WORD, one_bit, total)
+
+        # Few rows keep a sum for each group of a tile, the others only one over groups.
+        shapes = [(tile, block_out)] * block_rows if few else [(block_rows, block_out)]
+        total = lax.fori_loop(
+            s * units // splits,
+            (s + 1) * units // splits,
+            one_unit,
+            [jnp.zeros(shape, jnp.float32) for shape in shapes],
+        )
+        if few:
+            mask = None if in_out is None else in_out.reshape(block_out)
+            for r, of_row in enumerate(total):
+                y = jnp.sum(of_row, axis=0).astype(out.dtype)
+                pltriton.store(out.at[s, block * block_rows + r, outs], y, mask=mask)
+        else:
+            mask = None if in_out is None else jnp.broadcast_to(in_out, shapes[0])
+            pltriton.store(out.at[s, rows, outs], total[0].astype(out.dtype), mask=mask)
+
+
+def _tpu_call(span, slots, x, stack: BitPlanes, out, block_rows, block_out, interpret):
+    units, rows, features = x.shape
+    _, width, words, groups, d_out = stack.planes.shape
+    tile = min(features // WORD, groups)
+    table = stack.tables[-1]
+    existing = () if out is None else (out,)
+    block: dict[str, Callable] = {
+        "x": lambda o, i, u, span, slots: (u, span[0] + i, 0),
+        "planes": lambda o, i, u, span, slots: (
+            slots[span[0] + i],
+            0,
+            lax.rem(u, words),
+            lax.div(u, words),
+            o,
+        ),
+        "table": lambda o, i, u, span, slots: (slots[span[0] + i], 0, lax.div(u, words), o),
+        "out": lambda o, i, u, span, slots: (0, span[0] + i, o),
+    }
+    return pl.pallas_call(
+        partial(_tpu_kernel, width),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            # A grid of no blocks at all is avoided: it visits one and does nothing there.
+            grid=(pl.cdiv(d_out, block_out), jnp.maximum(span[1], 1), units),
+            in_specs=[
+                pl.BlockSpec((None, block_rows, features), block["x"]),
+                pl.BlockSpec((None, width, None, tile, block_out), block["planes"]),
+                pl.BlockSpec((None, table.shape[1], tile, block_out), block["table"]),
+                *(pl.BlockSpec(memory_space=pl.ANY) for _ in existing),
+            ],
+            out_specs=pl.BlockSpec((None, block_rows, block_out), block["out"]),
+            scratch_shapes=[pltpu.VMEM((block_rows, block_out), jnp.float32)],
+        ),
+        out_shape=jax.ShapeDtypeStruct((1, rows, d_out), x.dtype),
+        input_output_aliases={5: 0} if existing else {},
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary")
+        ),
+        interpret=interpret,
+        name="planes_grouped_dot",
+    )(span, slots, x, stack.planes, table, *existing)
+
+
+def _tpu_kernel(width, span, slots, x, planes, table, *existing_out_and_total):
+    del slots  # they place the blocks
+    out, total = existing_out_and_total[-2:]
+    u = pl.program_id(2)
+
+    @pl.when(pl.program_id(1) < span[1])
+    def one_unit():
+        @pl.when(u == 0)
+        def begin():
+            total[...] = jnp.zeros_like(total)
+
+        # Fewer groups than a tile come as they are and are filled up here.
+        filling = ((0, x.shape[-1] // WORD - table.shape[-2]), (0, 0))
+        codes = [jnp.pad(table[r].astype(jnp.int32), filling) for r in range(table.shape[0])]
+        added, base = _decode(codes, width)
+        words = [jnp.pad(planes[p], filling) for p in range(width)]
+        slabs = [_slab(words, np.uint32(j), added, base) for j in range(WORD)]
+        weight = jnp.concatenate(slabs).astype(x.dtype)
+        total[...] += jnp.dot(x[...], weight, preferred_element_type=jnp.float32)
+
+        @pl.when(u == pl.num_programs(2) - 1)
+        def end():
+            out[...] = total[...].astype(out.dtype)

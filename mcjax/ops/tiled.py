@@ -1,0 +1,84 @@
+"""Products that dequantise a tile of output features at a time and never hold the whole weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mcjax import tables as tables_lib
+from mcjax.bitplane import BitPlanes, unpack_signs
+
+TILE_BYTES = 4 << 20
+"""Largest dequantised tile. On CPU much larger buffers are mapped anew for every product."""
+
+
+@jax.custom_vjp
+def tiled_dot(x: jax.Array, planes: BitPlanes) -> jax.Array:
+    """X [N, d_in] times planes [d_in, d_out], in x's dtype with float32 sums; planes are constants.
+
+    Features are multiplied in the order in which the planes hold them, so it is x that is permuted.
+    """
+    rows = planes.plane_order(x)
+
+    def visit(start, weight, out):
+        y = _product(rows, weight.astype(x.dtype)).astype(x.dtype)
+        return lax.dynamic_update_slice(out, y, (0, start))
+
+    return _over_tiles(planes, visit, jnp.zeros((x.shape[0], planes.shape[-1]), x.dtype))
+
+
+def _forward(x, planes):
+    return tiled_dot(x, planes), planes
+
+
+def _backward(planes, cotangent):
+    def visit(start, weight, carry):
+        change, done = carry
+        tile = weight.shape[-1]
+        dy = lax.dynamic_slice_in_dim(cotangent, start, tile, 1)
+        # The last tile may overlap the one before it.
+        dy = jnp.where(start + jnp.arange(tile) >= done, dy, 0)
+        return change + _product(dy, weight.astype(dy.dtype).T), start + tile
+
+    zeros = jnp.zeros((cotangent.shape[0], planes.planes.shape[-2] * planes.group_size))
+    change, _ = _over_tiles(planes, visit, (zeros, jnp.int32(0)))
+    return planes.feature_order(change).astype(cotangent.dtype), None
+
+
+tiled_dot.defvjp(_forward, _backward)
+
+
+def _over_tiles(planes: BitPlanes, visit: Callable, carry: Any) -> Any:
+    """Folds ``visit(start, dequantised tile, carry)`` over tiles of output features.
+
+    The last tile overlaps the one before it where tiles do not divide d_out.
+    """
+    d_out = planes.shape[-1]
+    features = planes.planes.shape[-2] * planes.group_size
+    tile = max(128, TILE_BYTES // (4 * features) // 128 * 128)
+    if tile >= d_out:
+        return visit(jnp.int32(0), planes.in_plane_order(), carry)
+
+    def start(i):
+        return jnp.minimum(i * tile, d_out - tile)
+
+    def cut(i):
+        s = start(i)
+        own = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, s, tile, a.ndim - 1), planes)
+        return own.planes, *tables_lib.decode(own.tables[-1], own.bits)
+
+    # The next tile is cut out a step ahead: as part of the carry it is a buffer of its own, where
+    # XLA would else fuse cutting and decoding into the unpacking of every bit.
+    def step(i, carry):
+        ready, carry = carry
+        return cut(i + 1), visit(start(i), unpack_signs(*ready), carry)
+
+    return lax.fori_loop(0, -(-d_out // tile), step, (cut(0), carry))[1]
+
+
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.dot(a, b, preferred_element_type=jnp.float32)
