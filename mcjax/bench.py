@@ -11,7 +11,7 @@ import platform
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -26,10 +26,11 @@ from mcjax.bitplane import BitPlanes
 from mcjax.compress import compress
 from mcjax.convert import HuggingFaceFolder
 from mcjax.demo import EMBEDDED
-from mcjax.generate import Sampling, decode, prefill
+from mcjax.generate import decode, prefill
 from mcjax.models.config import MixtralConfig
 from mcjax.models.mixtral import Mixtral, PlaneSpec, empty_cache
 from mcjax.ops import dot, expert_dot
+from mcjax.sampling import Sampling
 
 SHAPE = (4096, 14336)
 """d_in, d_out of the products: up and gate of a Mixtral-8x7B expert."""
@@ -157,7 +158,9 @@ def random_planes(
     )
 
 
-def products(repeats: int, shape: tuple[int, int] = SHAPE) -> list[dict[str, Any]]:
+def products(
+    repeats: int, shape: tuple[int, int] = SHAPE, tokens: Sequence[int] = (1, 16, 256)
+) -> list[dict[str, Any]]:
     """`mcjax.dot` at several widths and numbers of rows beside `jnp.dot` and torch."""
     rows = []
     key = jax.random.key(0)
@@ -166,22 +169,22 @@ def products(repeats: int, shape: tuple[int, int] = SHAPE) -> list[dict[str, Any
     planes = {k: random_planes(jax.random.fold_in(key, k), shape, k) for k in (1, 2, 3, 4)}
     multiply = jax.jit(jnp.dot)
     ours = {act: jax.jit(partial(dot, act_bits=act)) for act in (None, 8)}
-    for tokens in (1, 16, 256):
-        x = jax.random.normal(jax.random.fold_in(key, 9), (tokens, shape[0]))
+    for count in tokens:
+        x = jax.random.normal(jax.random.fold_in(key, 9), (count, shape[0]))
         candidates: dict[str, Callable] = {"jnp.dot float32": partial(multiply, x, weight)}
         candidates["jnp.dot bfloat16"] = partial(multiply, x.astype(jnp.bfloat16), half)
         candidates |= _torch_product(x, half)
         facts: dict[str, tuple[float, float | None]] = {"jnp.dot float32": (4, None)}
         for k, p in planes.items():
             exact = _float64_product(x, p)
-            for act in (8, None) if tokens < 256 else (None,):
+            for act in (8, None) if count < 256 else (None,):
                 name = f"mcjax {k} bits" + (", int8 activations" if act else "")
                 candidates[name] = partial(ours[act], x, p)
                 error = np.linalg.norm(np.asarray(candidates[name]()) - exact)
                 facts[name] = (p.nbytes / weight.size, float(error / np.linalg.norm(exact)))
-        for row in timed(candidates, repeats, tokens=tokens):
-            per_weight, error = facts.get(row["name"], (2, None))
-            rows.append({**row, "bytes": per_weight * weight.size, "error": error})
+        for row in timed(candidates, repeats, tokens=count):
+            per_weight, deviation = facts.get(row["name"], (2, None))
+            rows.append({**row, "bytes": per_weight * weight.size, "error": deviation})
     return rows
 
 
@@ -240,28 +243,31 @@ def served_moe(budget: float = BUDGET, act_bits: int | None = 8) -> tuple[Mixtra
     per_layer = (int(budget) + 1, int(budget) - 1) * (MOE.num_local_experts // 2)
     spec = PlaneSpec(allocation=(per_layer,) * MOE.num_hidden_layers, attention=4)
     module = Mixtral(MOE, planes=spec, act_bits=act_bits)
-
-    def fill(path, leaf, key):
-        key = jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()) >> 1)
-        if leaf.dtype == jnp.uint32:
-            return jax.random.bits(key, leaf.shape, jnp.uint32)
-        if leaf.dtype == jnp.uint8:
-            return jax.random.randint(key, leaf.shape, 60, 80).astype(jnp.uint8)
-        return leaf
-
-    @jax.jit
-    def init(key):
-        params = module.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
-        return jax.tree_util.tree_map_with_path(partial(fill, key=key), params)
-
-    return module, init(jax.random.key(0))
+    return module, _random_params(module)
 
 
 def dense_moe(dtype: Any = jnp.float32) -> tuple[Mixtral, Any]:
     """`MOE` with dense random weights, each routed expert a product of its own."""
     module = Mixtral(MOE, dtype=dtype)
-    init = jax.jit(lambda key: module.init(key, jnp.zeros((1, 2), jnp.int32))["params"])
-    return module, jax.tree.map(lambda a: a.astype(dtype), init(jax.random.key(0)))
+    return module, _random_params(module)
+
+
+def _random_params(module: Mixtral) -> Any:
+    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    like = jax.eval_shape(module.init, jax.random.key(0), tokens)["params"]
+
+    def fill(path, leaf):
+        name = jax.tree_util.keystr(path)
+        key = jax.random.key(zlib.crc32(name.encode()))
+        if leaf.dtype == jnp.uint32:
+            return jax.random.bits(key, leaf.shape, jnp.uint32)
+        if leaf.dtype == jnp.uint8:
+            return jax.random.randint(key, leaf.shape, 60, 80).astype(jnp.uint8)
+        if name.endswith("['scale']"):
+            return jnp.ones(leaf.shape, module.dtype)
+        return jax.random.normal(key, leaf.shape, module.dtype) * leaf.shape[-1] ** -0.5
+
+    return jax.tree_util.tree_map_with_path(fill, like)
 
 
 def decoding(repeats: int, steps: int = 8) -> list[dict[str, Any]]:

@@ -18,13 +18,14 @@ import json
 import time
 import zlib
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from mcjax.bitplane import BitPlanes, MixedPlanes
+from mcjax.bitplane import BitPlanes, MixedPlanes, draft_widths
 from mcjax.convert import read_json
 from mcjax.odp import PruningStatistics
 
@@ -270,6 +271,38 @@ def read_layer(
         },
     }
     return params
+
+
+def read_draft_tables(
+    reader: ArtifactReader, i: int, experts: Mapping[str, MixedPlanes], draft: int
+) -> dict[str, MixedPlanes]:
+    """Experts of one layer that can be cut to `draft` bits as well.
+
+    Args:
+      reader: of the artifact.
+      i: the layer.
+      experts: its weights as `read_layer` gives them, by name.
+      draft: the width whose tables are read, for experts that are wider.
+
+    Returns:
+      The same planes, not copies of them, and beside each wider expert's table that of `draft`.
+    """
+    result = {}
+    for name, held in experts.items():
+        leaf = f"moe.experts.{name}.table_{draft}"
+        stacks = []
+        for stack in held.stacks:
+            if stack.bits > draft:
+                mine = [e for e, k in enumerate(held.allocation) if k == stack.bits]
+                table = np.stack(reader.read((f"layers/{i}", leaf, e) for e in mine))
+                stack = replace(
+                    stack,
+                    tables=(jax.numpy.asarray(table), stack.tables[-1]),
+                    widths=draft_widths(stack.bits, draft),
+                )
+            stacks.append(stack)
+        result[name] = MixedPlanes(stacks=tuple(stacks), allocation=held.allocation)
+    return result
 
 
 def read_planes(

@@ -18,6 +18,7 @@ EXAMPLES = """examples:
   mcjax eval mixtral.mcjax --text wiki.txt --budget 2.05
   mcjax generate mixtral.mcjax --prompt "Once upon a time" --budget 2.5 --odp
   mcjax info mixtral.mcjax --budget 2.05 --plot allocation.png
+  mcjax bench
 """
 
 
@@ -76,6 +77,19 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--json", action="store_true", help="end with one JSON object")
     demo.set_defaults(run=_demo)
 
+    bench = commands.add_parser(
+        "bench",
+        help="how fast products, decoding, prefill and loading are on this machine",
+        description="Times mcjax beside dense JAX, and torch where it is installed, taking turns; "
+        "takes a few minutes, so leave the machine alone meanwhile. Figures are medians; speeds "
+        "are ratios to the first row of each table.",
+    )
+    bench.add_argument(
+        "--repeats", type=int, default=11, metavar="N", help="of each measurement (default 11)"
+    )
+    bench.add_argument("--json", action="store_true", help="end with one JSON object")
+    bench.set_defaults(run=_bench)
+
     compress = commands.add_parser(
         "compress",
         help="Hugging Face folder -> one artifact for every width",
@@ -106,6 +120,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     compress.add_argument(
         "--seq-len", type=int, default=2048, help="tokens in a window (default 2048)"
+    )
+    compress.add_argument(
+        "--effort",
+        default="normal",
+        metavar="fast|normal|thorough",
+        help="time for quality: 1, 6 or 15 rounds of descent (default normal)",
     )
     compress.add_argument(
         "--resume",
@@ -171,6 +191,15 @@ def _parser() -> argparse.ArgumentParser:
     width.add_argument("--budget", type=float, help="average bits per expert weight")
     width.add_argument("--bits", type=int, help="one width for every expert")
     _add_pruning(generate)
+    generate.add_argument(
+        "--draft-bits",
+        type=int,
+        metavar="K",
+        help="draft tokens with K planes of each expert, all verify them (artifacts only)",
+    )
+    generate.add_argument(
+        "--draft-length", type=int, metavar="N", help="tokens to draft at a time (default 4)"
+    )
     generate.add_argument("--max-new-tokens", type=int, default=128, help="(default 128)")
     generate.add_argument(
         "--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token"
@@ -241,6 +270,20 @@ def _demo(arguments: argparse.Namespace) -> None:
     console.print(facts["sample"], markup=False)
 
 
+def _bench(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from mcjax.bench import bench, tables
+
+    facts = bench(arguments.repeats, progress=_progress)
+    if arguments.json:
+        print(json.dumps(facts))
+        return
+    console = Console(highlight=False)
+    for table in tables(facts):
+        console.print(table)
+
+
 def _compress(arguments: argparse.Namespace) -> None:
     from mcjax.compress import compress, coverage
 
@@ -260,6 +303,7 @@ def _compress(arguments: argparse.Namespace) -> None:
         group_size=group_size,
         samples=arguments.samples,
         seq_len=arguments.seq_len,
+        effort=arguments.effort,
         resume=arguments.resume,
         progress=_progress,
     )
@@ -348,6 +392,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 def _generate(arguments: argparse.Namespace) -> None:
     from mcjax.generate import Sampling, generate_text
 
+    if arguments.draft_bits is None and arguments.draft_length is not None:
+        raise ValueError("--draft-length needs --draft-bits")
     stream = len(arguments.prompt) == 1 and not arguments.json
     pending = [arguments.prompt[0]]  # written once the first token is there, so never on an error
 
@@ -368,6 +414,8 @@ def _generate(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         stop=arguments.stop,
         write=write if stream else None,
+        draft_bits=arguments.draft_bits,
+        draft_length=4 if arguments.draft_length is None else arguments.draft_length,
     )
     if arguments.json:
         print(json.dumps(facts))
@@ -376,6 +424,8 @@ def _generate(arguments: argparse.Namespace) -> None:
     else:
         for prompt, text in zip(arguments.prompt, facts["texts"], strict=True):
             print(prompt + text)
+    if facts["acceptance"] is not None:
+        print(f"{100 * facts['acceptance']:.0f} % of drafted tokens accepted", file=sys.stderr)
     print(f"{facts['tokens_per_second']:.1f} tokens a second", file=sys.stderr)
 
 

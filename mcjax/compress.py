@@ -27,6 +27,9 @@ ATTENTION_WIDTHS = (4, 8)
 RARE_SHARE = 0.1
 """An expert is rare if it gets less than this share of the tokens that an even split would give."""
 
+EFFORTS = {"fast": 1, "normal": 6, "thorough": 15}
+"""Rounds of descent after the GPTQ pass, see `mcjax.quantize`."""
+
 GRAM_FLOOR = 1e-3
 """Weight of every calibration token in every expert's Gram matrix, see `LayerGrams`."""
 
@@ -40,6 +43,7 @@ def compress(
     group_size: int | None = None,
     samples: int = 128,
     seq_len: int = 2048,
+    effort: str = "normal",
     resume: bool = False,
     experts: Sequence[Mapping[str, BitPlanes]] | None = None,
     batch_tokens: int = 4096,
@@ -59,6 +63,7 @@ def compress(
       group_size: input features that share a table entry, None for each weight's default.
       samples: calibration windows, spread evenly over the text.
       seq_len: tokens in a window, at most the model's positions.
+      effort: one of `EFFORTS`, time for quality.
       resume: go on from layers that an interrupted run with the same inputs left behind, and keep
         those finished if this one is interrupted.
       experts: planes of each layer's `gate`, `up` and `down` that were made otherwise, by once-QAT
@@ -80,6 +85,8 @@ def compress(
         raise ValueError(f"{out.parent} is not a folder")
     if not 1 <= max_bits <= 8:
         raise ValueError(f"--max-bits must be 1 to 8, got {max_bits}")
+    if effort not in EFFORTS:
+        raise ValueError(f"--effort must be one of {', '.join(EFFORTS)}, got {effort!r}")
     folder = HuggingFaceFolder(model)
     config = folder.config
     for d_in in {config.hidden_size, config.intermediate_size, _o_features(config)}:
@@ -95,6 +102,7 @@ def compress(
         "config": config.to_dict(),
         "max_bits": max_bits,
         "group_size": group_size,
+        "effort": effort,
         "attention_widths": list(ATTENTION_WIDTHS),
         "calibration": {
             "file": Path(calibration).name,
@@ -206,6 +214,7 @@ def _quantize_layer(layer, params, x, starts, batch, identity, experts):
         grams, seen = accumulate(layer, params, x[s : s + batch], grams, GRAM_FLOOR)
         moe_inputs.append(seen.reshape(-1, config.hidden_size))
     group_size, max_bits = identity["group_size"], identity["max_bits"]
+    sweeps = EFFORTS[identity["effort"]]
     attention = {
         name: quantize(
             params["attention"][name],
@@ -214,6 +223,7 @@ def _quantize_layer(layer, params, x, starts, batch, identity, experts):
             grams.attention_output if name == "o" else grams.attention_input,
             widths=ATTENTION_WIDTHS,
             weights=(1.0, 1.0),
+            sweeps=sweeps,
         )
         for name in "qkvo"
     }
@@ -224,6 +234,7 @@ def _quantize_layer(layer, params, x, starts, batch, identity, experts):
                 max_bits,
                 group_size,
                 grams.expert_hidden if name == "down" else grams.expert_input,
+                sweeps=sweeps,
             )
             for name in checkpoint.EXPERT_WEIGHTS
         }

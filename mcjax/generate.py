@@ -1,4 +1,4 @@
-"""Writing text: one prefill, then a token at a time into a key-value cache.
+"""Writing text: one prefill, then a token or a draft at a time into a key-value cache.
 
 Prompts of a batch are padded at the end. A padded slot of the cache holds a position that its
 sequence has yet to write, and a query sees only positions up to its own, so padding is never seen.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,59 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mcjax import odp, serving
+from mcjax import odp, serving, speculate
 from mcjax.checkpoint import MANIFEST
 from mcjax.convert import HuggingFaceFolder
 from mcjax.models.mixtral import Mixtral, empty_cache
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How the next token is drawn.
-
-    Attributes:
-      temperature: divides the logits; 0 takes the likeliest token.
-      top_k: draw among the k likeliest only.
-      top_p: draw among the likeliest that together hold this probability only.
-    """
-
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-
-    def __post_init__(self):
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
-        if self.temperature == 0 and not (self.top_k is self.top_p is None):
-            raise ValueError("top_k and top_p need a temperature above 0; at 0 nothing is drawn")
-
-
-def filter_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """Logits [..., V] over the temperature, -inf for tokens that are not to be drawn."""
-    logits = logits.astype(jnp.float32) / sampling.temperature
-    if sampling.top_k is not None:
-        k = min(sampling.top_k, logits.shape[-1])
-        logits = jnp.where(logits >= jax.lax.top_k(logits, k)[0][..., -1:], logits, -jnp.inf)
-    if sampling.top_p is not None:
-        descending = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
-        probability = jax.nn.softmax(descending, axis=-1)
-        before = jnp.cumsum(probability, axis=-1) - probability
-        bound = jnp.min(
-            jnp.where(before < sampling.top_p, descending, jnp.inf), axis=-1, keepdims=True
-        )
-        logits = jnp.where(logits >= bound, logits, -jnp.inf)
-    return logits
-
-
-def sample(key: jax.Array, logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """Draws tokens int32 [...] from logits [..., V]."""
-    if sampling.temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return jax.random.categorical(key, filter_logits(logits, sampling)).astype(jnp.int32)
+from mcjax.sampling import Sampling, sample
+from mcjax.speculate import Draft, Tally, self_draft
 
 
 @partial(jax.jit, static_argnames=("module", "sampling"), donate_argnames="cache")
@@ -96,6 +48,8 @@ def generate(
     sampling: Sampling | None = None,
     key: jax.Array | None = None,
     stop_tokens: Sequence[int] = (),
+    draft: Draft | None = None,
+    tally: Tally | None = None,
 ) -> Iterator[np.ndarray]:
     """Continues prompts together, a token each at a time; compiles twice, whatever the length.
 
@@ -107,12 +61,45 @@ def generate(
       sampling: None takes the likeliest token.
       key: of the sampling; None for key 0.
       stop_tokens: end a continuation; all having ended, nothing more is written.
+      draft: writes tokens that the model then verifies, see `mcjax.speculate`. The likeliest
+        tokens stay the same, up to the rounding of sums; drawn ones keep their distribution.
+      tally: drafted and accepted tokens are added to it.
 
     Yields:
       int32 [B], the next token of every prompt; an ended one repeats its stop token.
 
     Raises:
       ValueError: for an empty prompt, one of tokens out of range, or one that is too long.
+    """
+    for block in generate_blocks(
+        module,
+        params,
+        prompts,
+        max_new_tokens,
+        sampling=sampling,
+        key=key,
+        stop_tokens=stop_tokens,
+        draft=draft,
+        tally=tally,
+    ):
+        yield from block.T
+
+
+def generate_blocks(
+    module: Mixtral,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    sampling: Sampling | None = None,
+    key: jax.Array | None = None,
+    stop_tokens: Sequence[int] = (),
+    draft: Draft | None = None,
+    tally: Tally | None = None,
+) -> Iterator[np.ndarray]:
+    """As `generate`, yielding what each run of the model adds: int32 [B, N].
+
+    N is 1 for the prefill and without a draft. With one it is how far the slowest prompt got.
     """
     config, sampling = module.config, sampling or Sampling()
     lengths = [len(prompt) for prompt in prompts]
@@ -139,7 +126,23 @@ def generate(
     length = jnp.asarray(lengths)
     written, cache = prefill(module, params, padded, length, cache, key, sampling)
     written = np.array(written)
-    yield written
+    yield written[:, None]
+    if draft is not None:
+        rows = [[int(token)] for token in written]
+        verify = partial(
+            speculate.step,
+            module,
+            params,
+            draft.module,
+            draft.params,
+            sampling=sampling,
+            # No draft needs more tokens than there are to write.
+            length=min(draft.length, max(max_new_tokens - 1, 1)),
+        )
+        yield from _verified(
+            verify, rows, lengths, cache, key, max_new_tokens, stop_tokens, tally or Tally()
+        )
+        return
     for i in range(1, max_new_tokens):
         ended = np.isin(written, stop_tokens)
         if ended.all():
@@ -147,7 +150,52 @@ def generate(
         key = jax.random.fold_in(key, i)
         token, cache = decode(module, params, written, length + i - 1, cache, key, sampling)
         written = np.where(ended, written, token)
-        yield written
+        yield written[:, None]
+
+
+def _verified(
+    verify: Callable[..., Any],
+    rows: list[list[int]],
+    lengths: Sequence[int],
+    cache: Any,
+    key: jax.Array,
+    max_new_tokens: int,
+    stop_tokens: Sequence[int],
+    tally: Tally,
+) -> Iterator[np.ndarray]:
+    """Goes on by verified drafts, each prompt at its own pace, from the first token of each."""
+
+    def has_ended(row):
+        return len(row) == max_new_tokens or row[-1] in stop_tokens
+
+    ended = [has_ended(row) for row in rows]
+    yielded = 1
+    while not all(ended):
+        key = jax.random.fold_in(key, yielded)
+        # Prompts that have ended are verified again at the place where they ended, to no effect.
+        token = np.array([row[-1] for row in rows], np.int32)
+        position = np.array([n + len(row) - 1 for n, row in zip(lengths, rows, strict=True)])
+        tokens, accepted, cache = verify(token, position.astype(np.int32), cache, key)
+        drafted = tokens.shape[1] - 1
+        for b, (new, count) in enumerate(
+            zip(np.asarray(tokens), np.asarray(accepted), strict=True)
+        ):
+            before = len(rows[b])
+            for token in new[: count + 1].tolist():
+                if not has_ended(rows[b]):
+                    rows[b].append(token)
+            if not ended[b]:
+                added, ended[b] = len(rows[b]) - before, has_ended(rows[b])
+                # What was drafted beyond an end was of no use to anyone, so it does not count.
+                tally.drafted += min(drafted, added) if ended[b] else drafted
+                tally.accepted += min(int(count), added)
+        slowest = [len(row) for row, end in zip(rows, ended, strict=True) if not end]
+        reached = min(slowest) if slowest else max(map(len, rows))
+        yield np.array(
+            [[row[min(t, len(row) - 1)] for t in range(yielded, reached)] for row in rows],
+            np.int32,
+        )
+        yielded = reached
 
 
 def generate_text(
@@ -164,6 +212,8 @@ def generate_text(
     seed: int = 0,
     stop: Sequence[str] = (),
     write: Callable[[str], Any] | None = None,
+    draft_bits: int | None = None,
+    draft_length: int = 4,
 ) -> dict[str, Any]:
     """Continues texts from an artifact or a Hugging Face folder.
 
@@ -181,29 +231,35 @@ def generate_text(
       stop: a continuation ends before the first of these texts, or a token of the model's
         `eos_token_ids`.
       write: called with each new piece of the first continuation as soon as it is sure.
+      draft_bits: None, or the planes of every expert with which tokens are drafted, for all its
+        planes to verify, see `mcjax.speculate`.
+      draft_length: tokens that are drafted before each verification.
 
     Returns:
       `texts`, the continuations; `new_tokens`, each one's number of tokens; `tokens_per_second`
-      while decoding, compilation and prefill not counted; `average_bits`.
+      while decoding, compilation and prefill not counted; `average_bits`; `acceptance`, the share
+      of the drafted tokens that was accepted, None if none were drafted.
 
     Raises:
       ValueError: for input that cannot be served.
     """
     from tokenizers import Tokenizer
 
-    path = Path(path)
+    path, draft, tally = Path(path), None, Tally()
     if (path / MANIFEST).is_file():
         model = serving.load(
             path, budget, bits=bits, act_bits=act_bits, prune=prune, quantile=quantile
         )
         module, params, average = model.module, model.params, model.average_bits
+        if draft_bits is not None:
+            draft = self_draft(model, draft_bits, draft_length)
         tokenizer_path = path / "tokenizer.json"
     else:
         folder = HuggingFaceFolder(path)
-        if not (budget is bits is act_bits is prune is None):
+        if not (budget is bits is act_bits is prune is draft_bits is None):
             raise ValueError(
-                f"{path} is not an artifact, so --budget, --bits, --act-bits and --odp do not "
-                "apply; make one with `mcjax compress`"
+                f"{path} is not an artifact, so --budget, --bits, --act-bits, --odp and "
+                "--draft-bits do not apply; make one with `mcjax compress`"
             )
         module, params, average = Mixtral(folder.config), folder.read(np.float32), 16.0
         tokenizer_path = folder.tokenizer_path
@@ -215,11 +271,11 @@ def generate_text(
 
     written: list[list[int]] = [[] for _ in prompts]
     texts, done, shown = [""] * len(prompts), [False] * len(prompts), 0
-    started, steps = None, 0
+    started, timed = None, 0
     # Decoding after the last token of the prompt keeps its leading space.
     starts = [tokenizer.decode(ids[-1:]) for ids in encoded]
     ends = module.config.eos_token_ids
-    tokens = generate(
+    blocks = generate_blocks(
         module,
         params,
         encoded,
@@ -227,28 +283,32 @@ def generate_text(
         sampling=sampling,
         key=jax.random.key(seed),
         stop_tokens=ends,
+        draft=draft,
+        tally=tally,
     )
-    for step, new in enumerate(tokens):
-        if step == 1:  # both programs are compiled now
+    for run, block in enumerate(blocks):
+        if run == 1:  # both programs are compiled now
             started = time.perf_counter()
-        for b, ids in enumerate(written):
-            if done[b]:
-                continue
-            if new[b] in ends:
-                done[b] = True
-                continue
-            ids.append(int(new[b]))
-            text = tokenizer.decode([encoded[b][-1], *ids])[len(starts[b]) :]
-            cuts = [text.find(s) for s in stop if s and s in text]
-            done[b] = bool(cuts)
-            texts[b] = text[: min(cuts)] if cuts else text
+        elif run > 1:
+            timed += block.shape[1]
+        for new in block.T:
+            for b, ids in enumerate(written):
+                if done[b]:
+                    continue
+                if new[b] in ends:
+                    done[b] = True
+                    continue
+                ids.append(int(new[b]))
+                text = tokenizer.decode([encoded[b][-1], *ids])[len(starts[b]) :]
+                cuts = [text.find(s) for s in stop if s and s in text]
+                done[b] = bool(cuts)
+                texts[b] = text[: min(cuts)] if cuts else text
         if write is not None:
             held = max((len(s) for s in stop), default=1) - 1
             sure = texts[0].rstrip("\ufffd")
             sure = sure if done[0] else sure[: len(sure) - held]
             write(sure[shown:])
             shown = max(shown, len(sure))
-        steps = step
         if all(done):
             break
     if write is not None:
@@ -257,6 +317,7 @@ def generate_text(
     return {
         "texts": texts,
         "new_tokens": [len(ids) for ids in written],
-        "tokens_per_second": len(prompts) * (steps - 1) / seconds if steps > 1 else 0.0,
+        "tokens_per_second": len(prompts) * timed / seconds if timed else 0.0,
         "average_bits": average,
+        "acceptance": tally.acceptance,
     }

@@ -12,6 +12,7 @@ from mcjax import cli, generate
 from mcjax.convert import HuggingFaceFolder
 from mcjax.models import Mixtral
 from mcjax.models.mixtral import empty_cache
+from mcjax.sampling import filter_logits
 
 PROMPTS = [[5, 9, 12, 7, 88, 3], [200, 41], [17, 17, 230, 4]]
 
@@ -80,10 +81,10 @@ def test_sampling_filters():
     logits = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05]))
     options = generate.Sampling(temperature=1.0, top_p=0.7)
     np.testing.assert_array_equal(
-        np.isfinite(generate.filter_logits(logits, options)), [True, True, False, False]
+        np.isfinite(filter_logits(logits, options)), [True, True, False, False]
     )
     options = generate.Sampling(temperature=2.0, top_k=3)
-    got = np.asarray(generate.filter_logits(logits, options))
+    got = np.asarray(filter_logits(logits, options))
     np.testing.assert_allclose(got[:3], np.asarray(logits)[:3] / 2, rtol=1e-6)
     assert np.isneginf(got[3])
     draws = generate.sample(

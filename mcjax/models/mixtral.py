@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from mcjax import bitplane, odp
 from mcjax.models import rope
 from mcjax.models.config import MixtralConfig
-from mcjax.ops import dot
+from mcjax.ops import choice, dot, expert_rows_dot
 from mcjax.ops.grouped import expert_map
 
 
@@ -25,11 +25,14 @@ class PlaneSpec:
       allocation: each expert's width, [layers][experts].
       attention: width of the attention projections.
       group_size: input features that share a table entry, None for the default of each weight.
+      draft: most planes of an expert that are read, None for all that it holds; experts that are
+        wider hold the table of this width too, see `mcjax.speculate`.
     """
 
     allocation: tuple[tuple[int, ...], ...]
     attention: int
     group_size: int | None = None
+    draft: int | None = None
 
 
 class RMSNorm(nn.Module):
@@ -129,19 +132,20 @@ class Experts(nn.Module):
     widths: tuple[int, ...] | None = None
     group_size: int | None = None
     act_bits: int | None = None
+    draft: int | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, index: jax.Array, keep: jax.Array | None = None) -> jax.Array:
         """Rows x [N, D], their experts int [N], which to compute bool [N] or None: [N, D]."""
         c = self.config
         e, d, f = c.num_local_experts, c.hidden_size, c.intermediate_size
-        gate = weight(self, "gate", (e, d, f), self.widths, self.group_size)
-        up = weight(self, "up", (e, d, f), self.widths, self.group_size)
-        down = weight(self, "down", (e, f, d), self.widths, self.group_size)
-        return swiglu_experts(gate, up, down, x, index, keep, self.act_bits)
+        gate = weight(self, "gate", (e, d, f), self.widths, self.group_size, self.draft)
+        up = weight(self, "up", (e, d, f), self.widths, self.group_size, self.draft)
+        down = weight(self, "down", (e, f, d), self.widths, self.group_size, self.draft)
+        return swiglu_experts(gate, up, down, x, index, keep, self.act_bits, self.draft)
 
 
-def swiglu_experts(gate, up, down, x, index, keep=None, act_bits=None):
+def swiglu_experts(gate, up, down, x, index, keep=None, act_bits=None, draft=None, product=None):
     """``down(silu(gate(x)) * up(x))`` of each row's expert.
 
     Args:
@@ -152,15 +156,26 @@ def swiglu_experts(gate, up, down, x, index, keep=None, act_bits=None):
       index: int [N].
       keep: bool [N] or None.
       act_bits: as in `mcjax.dot`.
+      draft: most planes of an expert to read, None for all.
+      product: as in `mcjax.dot`.
 
     Returns:
       [N, D].
     """
-    rows = partial(_swiglu, act_bits)
-    return expert_map(rows, (gate, up, down), x, index, keep)
+    if product is None and not isinstance(gate, jax.Array):
+        product = choice.product(jax.default_backend(), x.shape[0], 1, act_bits)
+    if product == "pallas" and draft is None:
+        # The kernels take all experts at once, of any widths.
+        each = partial(expert_rows_dot, index=index, keep=keep, act_bits=act_bits, product=product)
+        return each(jax.nn.silu(each(x, gate)) * each(x, up), down)
+    rows = partial(_swiglu, act_bits, draft)
+    block = choice.expert_rows(x.shape[0], gate.shape[0], act_bits)
+    return expert_map(rows, (gate, up, down), x, index, keep, block)
 
 
-def _swiglu(act_bits, weights, rows):
+def _swiglu(act_bits, draft, weights, rows):
+    if draft is not None:  # of one expert, inside the loop: slicing all of them would copy them
+        weights = [planes.slice(min(draft, planes.bits)) for planes in weights]
     gate, up, down = weights
     hidden = jax.nn.silu(dot(rows, gate, act_bits)) * dot(rows, up, act_bits)
     return dot(hidden, down, act_bits)
@@ -174,6 +189,7 @@ class MoE(nn.Module):
     group_size: int | None = None
     act_bits: int | None = None
     prune: str | None = None
+    draft: int | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, protected: jax.Array | None = None) -> jax.Array:
@@ -208,7 +224,9 @@ class MoE(nn.Module):
                 weights = jnp.where(keep, weights, 0)
                 weights = weights.at[:, 0].add(jnp.sum(slope[index] * skipped, axis=1))
         rows = jnp.repeat(tokens, c.num_experts_per_tok, axis=0)
-        experts = Experts(c, self.widths, self.group_size, self.act_bits, name="experts")
+        experts = Experts(
+            c, self.widths, self.group_size, self.act_bits, self.draft, name="experts"
+        )
         y = experts(rows, index.reshape(-1), None if keep is None else keep.reshape(-1))
         y = y.reshape(*index.shape, -1) * weights[..., None].astype(x.dtype)
         return (jnp.sum(y, axis=1) + rest).reshape(x.shape)
@@ -242,6 +260,7 @@ class Layer(nn.Module):
     group_size: int | None = None
     act_bits: int | None = None
     prune: str | None = None
+    draft: int | None = None
 
     @nn.compact
     def __call__(
@@ -250,10 +269,12 @@ class Layer(nn.Module):
         positions: jax.Array,
         cache: Cache | None = None,
         length: jax.Array | None = None,
+        decoding: bool = False,
     ) -> tuple[jax.Array, Cache | None]:
         """X [B, T, D] at positions int [B or 1, T] to [B, T, D] and the cache with them in it.
 
-        `length` int [B] is the number of tokens that are not padding, None for all.
+        `length` int [B] is the number of tokens that are not padding, None for all. `decoding`
+        tells that more tokens come before these, so that pruning protects none.
         """
         c = self.config
         h = RMSNorm(c.rms_norm_eps, name="attention_norm")(x)
@@ -263,11 +284,13 @@ class Layer(nn.Module):
         y, weights, cache = attention(h, positions, cache)
         x = x + y
         protected = None
-        if self.prune is not None and x.shape[1] > 1:
+        if self.prune is not None and x.shape[1] > 1 and not decoding:
             seen = weights[..., : x.shape[1]]
             protected = odp.protect(odp.token_importance(x, seen, length))
         h = RMSNorm(c.rms_norm_eps, name="moe_norm")(x)
-        moe = MoE(c, self.widths, self.group_size, self.act_bits, self.prune, name="moe")
+        moe = MoE(
+            c, self.widths, self.group_size, self.act_bits, self.prune, self.draft, name="moe"
+        )
         return x + moe(h, protected), cache
 
 
@@ -301,7 +324,8 @@ class Mixtral(nn.Module):
 
         Args:
           tokens: int [B, T].
-          positions: int [B or 1, T]; None counts from 0. A prefill into a cache starts at 0.
+          positions: int [B or 1, T]; None counts from 0, as a prefill into a cache does. Tokens
+            at given positions are decoded: pruning protects none of them, however many they are.
           cache: one `Cache` a layer, see `empty_cache`.
           length: int [B], tokens that are not padding at the end; None for all.
 
@@ -313,12 +337,13 @@ class Mixtral(nn.Module):
             "embedding", nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size)
         )
         x = embedding[tokens].astype(self.dtype)
+        decoding = positions is not None
         if positions is None:
             positions = jnp.arange(tokens.shape[1])[None]
         caches = []
         for i in range(c.num_hidden_layers):
             own = layer(c, self.planes, i, self.act_bits, self.prune)
-            x, new = own(x, positions, None if cache is None else cache[i], length)
+            x, new = own(x, positions, None if cache is None else cache[i], length, decoding)
             caches.append(new)
         x = RMSNorm(c.rms_norm_eps, name="norm")(x)
         if c.tie_word_embeddings:
@@ -352,15 +377,14 @@ def layer(
     if planes is None:
         return Layer(config, prune=prune, name=name)
     widths, attention, group_size = planes.allocation[i], planes.attention, planes.group_size
-    return Layer(config, widths, attention, group_size, act_bits, prune, name=name)
+    return Layer(config, widths, attention, group_size, act_bits, prune, planes.draft, name=name)
 
 
-def weight(module: nn.Module, name: str, shape, widths, group_size):
+def weight(module: nn.Module, name: str, shape, widths, group_size, draft=None):
     """A module's weight parameter: a dense array, or planes of the given width or widths."""
     if widths is None:
         init = nn.initializers.lecun_normal(batch_axis=tuple(range(len(shape) - 2)))
         return module.param(name, init, shape)
     if isinstance(widths, int):
         return module.param(name, lambda key: bitplane.empty(shape, widths, group_size))
-    every = tuple(sorted(set(widths)))
-    return module.param(name, lambda key: bitplane.empty(shape, every, group_size).slice(widths))
+    return module.param(name, lambda key: bitplane.empty_experts(shape, widths, group_size, draft))

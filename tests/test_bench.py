@@ -1,0 +1,85 @@
+"""The benchmark itself: what it times gives right answers, and its rows mean what they say."""
+
+import dataclasses
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mcjax import bench
+from mcjax.cli import main
+
+
+def test_rows_are_medians_and_ratios():
+    rows = bench.timed(
+        {"slow": lambda: time.sleep(0.02), "fast": lambda: time.sleep(0.005)}, 3, tokens=1
+    )
+    assert [row["name"] for row in rows] == ["slow", "fast"]
+    assert rows[0]["speedup"] == 1 and rows[1]["speedup"] == rows[0]["ms"] / rows[1]["ms"] > 1
+    for row in rows:
+        low, high = row["spread_ms"]
+        assert low <= row["ms"] <= high and row["tokens"] == 1
+
+
+def test_products_carry_their_error_and_bytes():
+    rows = bench.products(1, shape=(128, 96), tokens=(1, 256))
+    ours = [row for row in rows if row["name"].startswith("mcjax")]
+    assert len(ours) == 8 + 4
+    for row in ours:
+        rounded = "int8" in row["name"]
+        assert (1e-4 if rounded else 0) < row["error"] < (0.05 if rounded else 1e-5)
+        bits = int(row["name"].split()[1])
+        assert row["bytes"] == 128 * 96 / 8 * bits + 96 * (bits + (bits != 4))
+
+
+def test_models_are_the_same_size_and_run(monkeypatch):
+    small = dataclasses.replace(
+        bench.MOE,
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_local_experts=4,
+    )
+    monkeypatch.setattr(bench, "MOE", small)
+    monkeypatch.setattr(bench, "_PROMPT", 16)
+    module, params = bench.served_moe()
+    assert np.mean(module.planes.allocation) == bench.BUDGET
+    logits = jax.jit(module.apply)({"params": params}, jnp.arange(4)[None])
+    assert np.isfinite(logits).all() and np.ptp(logits) > 0
+    rows = bench.decoding(1, steps=2)
+    assert rows[1]["bytes_held"] < rows[0]["bytes_held"] / 2
+
+
+def test_bad_repeats(capsys):
+    assert main(["bench", "--repeats", "0"]) == 1
+    assert "--repeats must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_tables():
+    row = {"name": "a", "ms": 1.0, "spread_ms": [0.9, 1.1], "speedup": 1.0}
+    facts = {
+        "machine": {
+            "device": "cpu",
+            "platform": "cpu",
+            "processor": "p",
+            "bandwidth_gb_s": 10.0,
+            "versions": {"jax": "0"},
+        },
+        "products": [{**row, "tokens": 1, "bytes": 1e6, "error": None}],
+        "experts": [row],
+        "decode": [{**row, "tokens_per_second": 5.0, "bytes_held": 1}],
+        "prefill": [row],
+        "load": [row],
+    }
+    tables = bench.tables(facts)
+    assert len(tables) == 5 and list(tables[0].columns[4].cells) == ["10%"]
+
+
+@pytest.mark.parametrize("bits", [1, 3, 8])
+def test_random_planes_are_of_the_shape_asked_for(bits):
+    planes = bench.random_planes(jax.random.key(0), (2, 64, 32), bits)
+    assert planes.shape == (2, 64, 32) and planes.bits == bits
+    assert np.isfinite(planes.dequantize()).all()
