@@ -148,6 +148,11 @@ def test_bad_options(model_folder, text_file, tmp_path, capsys):
         ("number or auto", text_file, ("--group-size", "big")),
         ("--max-bits must be 1 to 8, got 9", text_file, ("--max-bits", 9)),
         ("--samples must be at least 1", text_file, ("--samples", 0)),
+        (
+            "--effort must be one of fast, normal, thorough, got 'best'",
+            text_file,
+            ("--effort", "best"),
+        ),
         ("fewer than one window", short, ()),
         ("not UTF-8", binary, ()),
         ("No such file", tmp_path / "gone.txt", ()),

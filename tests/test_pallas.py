@@ -61,6 +61,7 @@ def test_kernel(target, width, group_size, d_in):
     assert_close(got, dense_dot(x, planes, index))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_more_groups_and_outputs_than_a_tile(target):
     planes = random_planes(2, 36 * 32, 200, 2, 32)
@@ -69,7 +70,14 @@ def test_more_groups_and_outputs_than_a_tile(target):
     assert_close(got, dense_dot(x, planes, index))
 
 
-@pytest.mark.parametrize(("block_rows", "rows"), [(1, 2), (4, 13), (32, 50), (None, 100)])
+@pytest.mark.parametrize(
+    ("block_rows", "rows"),
+    [
+        (4, 13),
+        pytest.param(1, 2, marks=pytest.mark.slow),
+        pytest.param(32, 50, marks=pytest.mark.slow),
+    ],
+)
 def test_block_sizes(block_rows, rows):
     planes = random_planes(3, 128, 40, 3, 64)
     x, index = rows_of(planes, rows)

@@ -1,14 +1,18 @@
 """Once-QAT: what is trained is what is served; objectives against solvers and by hand."""
 
+import dataclasses
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mcjax import qat
+from mcjax import qat, tree
 from mcjax.bitplane import unpack
 from mcjax.models.layers import BatchNorm, Conv, Dense
 
@@ -242,6 +246,50 @@ def test_layers_train_at_every_width(act_bits):
     assert np.abs(gradient["Conv_0"]["kernel"]).max() > 0
     if act_bits == 4:
         assert np.abs(gradient["Conv_1"]["activation_step"]).max() > 0
+
+
+def test_narrow_activations_train():
+    """Steps of 4-bit activations are learned, and what was trained is what is served."""
+    spec = qat.QuantSpec(widths=(4, 2, 1), act_bits=4)
+    net = Net(spec)
+    labels = jnp.arange(64) % 4
+    x = weight(4, 6, 6, 2)[labels] + 0.7 * weight(64, 6, 6, 2)  # four classes
+    variables = net.init(jax.random.key(0), x)
+    optimiser = optax.sgd(0.05, momentum=0.9)
+
+    def losses(params, stats):
+        def at(bits, stats):
+            variables = {"params": params, "batch_stats": stats}
+            logits, new = net.clone(bits=bits).apply(variables, x, True, mutable=["batch_stats"])
+            return logits, new["batch_stats"]
+
+        loss = partial(optax.softmax_cross_entropy_with_integer_labels, labels=labels)
+        values, (_, stats) = qat.cascade_losses(at, loss, spec.widths, stats)
+        return jnp.sum(values), (values, stats)
+
+    def step(state, _):
+        params, stats, moments = state
+        gradient, (values, stats) = jax.grad(losses, has_aux=True)(params, stats)
+        update, moments = optimiser.update(gradient, moments)
+        return (optax.apply_updates(params, update), stats, moments), values
+
+    params = variables["params"]
+    start = (params, variables["batch_stats"], optimiser.init(params))
+    (params, stats, _), values = jax.jit(lambda s: jax.lax.scan(step, s, length=60))(start)
+    assert (values[0] > 1).all() and (values[-1] < 0.3).all(), values[[0, -1]]
+    for name in ("Conv_0", "Conv_1", "Dense_0"):
+        before, after = (float(p[name]["activation_step"]) for p in (variables["params"], params))
+        assert after > 0 and abs(after / before - 1) > 0.01, (name, before, after)
+
+    planes = tree.freeze_tree(params, spec)
+    for bits in spec.widths:
+        trained = net.clone(bits=bits).apply({"params": params, "batch_stats": stats}, x)
+        served = Net(dataclasses.replace(spec, frozen=True), bits).apply(
+            {"params": tree.slice_tree(planes, bits), "batch_stats": stats}, x
+        )
+        # A sum that two programs round apart may land on either side of a level, but rarely.
+        equal = np.isclose(served, trained, rtol=1e-4, atol=1e-4).all(axis=-1)
+        assert equal.mean() > 0.9, bits
 
 
 def test_activations_by_hand():

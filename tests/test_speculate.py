@@ -26,7 +26,11 @@ def write(model, prompts, new, draft=None, **options):
 
 @pytest.mark.parametrize(
     ("precision", "bits", "length"),
-    [({"bits": 3}, 2, 1), ({"budget": 2.5}, 1, 4), ({"budget": 1.5}, 1, 7)],
+    [
+        ({"budget": 2.5}, 1, 4),
+        pytest.param({"bits": 3}, 2, 1, marks=pytest.mark.slow),
+        pytest.param({"budget": 1.5}, 1, 7, marks=pytest.mark.slow),
+    ],
 )
 def test_greedy_tokens_are_those_of_plain_decoding(artifact, precision, bits, length):
     model = mcjax.load(artifact, **precision)
@@ -38,7 +42,13 @@ def test_greedy_tokens_are_those_of_plain_decoding(artifact, precision, bits, le
     np.testing.assert_array_equal(write(model, PROMPTS[2:], 20, draft), plain[2:])
 
 
-@pytest.mark.parametrize("options", [{"prune": "affine"}, {"prune": "paper"}, {"act_bits": 8}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prune": "affine", "act_bits": 8},
+        pytest.param({"prune": "paper"}, marks=pytest.mark.slow),
+    ],
+)
 def test_pruning_and_rounding_go_on(artifact, options):
     model = mcjax.load(artifact, bits=3, **options)
     draft = speculate.self_draft(model, 2, 3)
@@ -48,7 +58,7 @@ def test_pruning_and_rounding_go_on(artifact, options):
     assert draft.module.act_bits == model.module.act_bits
 
 
-@pytest.mark.parametrize("policy", ["affine", "paper"])
+@pytest.mark.parametrize("policy", ["affine", pytest.param("paper", marks=pytest.mark.slow)])
 def test_verification_protects_no_token(artifact, policy):
     model = mcjax.load(artifact, bits=3, prune=policy, quantile=0.9)
     apply = partial(jax.jit(model.module.apply), {"params": model.params})
@@ -60,6 +70,7 @@ def test_verification_protects_no_token(artifact, policy):
         np.testing.assert_allclose(together[:, t - 6], logits[:, 0], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_what_a_cache_held_before_changes_nothing(artifact):
     model = mcjax.load(artifact, bits=3)
     draft = speculate.self_draft(model, 1, 4)
@@ -220,6 +231,7 @@ def test_accepted_text_has_the_distribution_of_the_model(sampling):
     assert chi_square(wrong, expected[possible]) > 100 * degrees
 
 
+@pytest.mark.slow
 def test_sampled_text_has_the_distribution_of_the_model(artifact):
     """Many continuations of one prompt, against the probabilities of the forward pass."""
     model = mcjax.load(artifact, bits=3)
@@ -258,7 +270,7 @@ def test_stop_tokens(artifact, length):
             )
 
 
-@pytest.mark.parametrize(("prompt", "new"), [([5, 9], 1), ([5, 9], 2), (list(range(50)), 14)])
+@pytest.mark.parametrize(("prompt", "new"), [([5, 9], 1), (list(range(50)), 14)])
 def test_few_tokens_and_the_last_positions(artifact, prompt, new):
     model = mcjax.load(artifact, bits=3)
     draft = speculate.self_draft(model, 2, 5)
@@ -267,6 +279,7 @@ def test_few_tokens_and_the_last_positions(artifact, prompt, new):
     np.testing.assert_array_equal(got, write(model, [prompt], new))
 
 
+@pytest.mark.slow
 def test_sliding_window(artifact):
     model = mcjax.load(artifact, bits=3)
     config = dataclasses.replace(model.module.config, sliding_window=4)
@@ -275,6 +288,7 @@ def test_sliding_window(artifact):
     np.testing.assert_array_equal(write(model, PROMPTS, 15, draft), write(model, PROMPTS, 15))
 
 
+@pytest.mark.slow
 def test_any_model_can_draft(artifact, model_folder):
     folder = HuggingFaceFolder(model_folder)
     dense = Mixtral(folder.config)

@@ -1,11 +1,13 @@
 """The image recipe: resuming equals not stopping, what is served is what was trained, bad input."""
 
 import dataclasses
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import data_sources
@@ -126,9 +128,9 @@ def take_step(recipe, images):
     mesh = vision.data_mesh()
     module = recipe.module(2)
     variables = module.init(jax.random.key(0), vision.normalise(images[:1]))
-    params, stats = variables["params"], variables["batch_stats"]
+    params = variables["params"]
     optimiser, objective = vision.make_optimiser(recipe, 2), vision.make_objective(recipe)
-    extra = {"batch_stats": stats, "objective": objective.init(max(1, len(recipe.widths)))}
+    extra = vision.initial_extra(recipe, objective, variables)
     state = loop.State(jnp.zeros((), jnp.int32), params, optimiser.init(params), extra)
     batch = (
         loop.global_batch(mesh, images.shape, lambda i: images[i]),
@@ -187,12 +189,77 @@ def test_losses_by_hand(recipe):
         given = labels
         if mixing != "none":
             given = vision.lumix.MixedLabels(labels, labels[::-1], jnp.full(4, 0.3))
-        values, stats = vision.losses(
+        values, (_, stats) = vision.losses(
             module, own, params, variables["batch_stats"], images, given, jax.random.key(1)
         )
         np.testing.assert_allclose(values, [np.log(2)] * 2, rtol=1e-6)
         changed = stats["stem_norm"]["mean"] != variables["batch_stats"]["stem_norm"]["mean"]
         assert changed.any(-1).tolist() == [False, True, True]  # float, 4 and 1 bits
+
+
+SAMPLED = dataclasses.replace(RECIPE, widths=(4, 2, 1), sampled=1, save_every=1, log_every=1)
+
+
+@pytest.mark.parametrize("chosen", [(0, 2), (0, 1, 2), (1,)])
+def test_sampled_widths_equal_the_objective_of_these_alone(chosen):
+    """Gradient, losses and statistics, with distillation from the next higher of those chosen."""
+    recipe = dataclasses.replace(SAMPLED, weights=(1.0, 2.0, 3.0))
+    module = recipe.module(2)
+    images, labels = vision.normalise(pixels()), jnp.arange(8) % 2
+    variables = module.init(jax.random.key(0), images)
+    params, stats = variables["params"], variables["batch_stats"]
+    fixed = (module, recipe)
+    key = jax.random.key(1)
+
+    def losses_at(params, stats, widths, teacher):
+        return vision.losses(*fixed, params, stats, images, labels, key, widths, teacher)
+
+    weights = jnp.array(recipe.weights)
+    gradient, values, new = jax.jit(
+        lambda index: vision.sampled_gradient(
+            losses_at, params, stats, recipe.widths, index, weights, jnp.zeros((8, 2))
+        )
+    )(jnp.array(chosen))
+
+    mine = [recipe.widths[i] for i in chosen]
+    objective = vision.qat.fixed([recipe.weights[i] for i in chosen])
+    wanted, losses, (_, kept), _, _ = jax.jit(
+        lambda params: vision.qat.combine(
+            lambda p: losses_at(p, stats, mine, None), params, objective, objective.init(len(mine))
+        )
+    )(params)
+    close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    jax.tree.map(close, (gradient, values, new), (wanted, losses, kept))
+    moved = np.any(new["stem_norm"]["mean"] != stats["stem_norm"]["mean"], axis=-1)
+    assert moved.tolist() == [False, *(i in chosen for i in range(3))]  # the first row is float
+
+
+def test_sampled_widths_train_and_resume(recipe, tmp_path, monkeypatch):
+    own = dataclasses.replace(SAMPLED, dataset=recipe.dataset, sampled=1, steps=8)
+    wanted = vision.train(own, tmp_path / "whole")
+    header, *rows = (tmp_path / "whole" / "metrics.csv").read_text().splitlines()
+    table = [dict(zip(header.split(","), row.split(","), strict=True)) for row in rows]
+    changed = set()
+    for before, now in itertools.pairwise(table):
+        differ = [k for k in ("4", "2", "1") if before[f"loss_{k}"] != now[f"loss_{k}"]]
+        assert len(differ) == 1 and now["loss"] == now[f"loss_{differ[0]}"]  # only what it trained
+        changed |= {*differ}
+    assert len(changed) > 1
+    assert wanted["accuracy"]["1"] > 0.8
+
+    row = data_sources.Rows.row
+
+    def interrupted(self, step, i):
+        if step == 4:
+            raise RuntimeError("power cut")
+        return row(self, step, i)
+
+    monkeypatch.setattr(data_sources.Rows, "row", interrupted)
+    with pytest.raises(RuntimeError, match="power cut"):
+        vision.train(own, tmp_path / "cut")
+    monkeypatch.undo()
+    assert vision.train(own, tmp_path / "cut", resume=True) == wanted
+    same(*(vision.load(tmp_path / run / "model", 1)[1] for run in ("whole", "cut")))
 
 
 def test_rows_are_pure_and_cover_an_epoch(recipe):
@@ -332,6 +399,12 @@ def test_configs_are_sound():
         ({"epochs": 2}, "either epochs or steps, got 2 and 6"),
         ({"accumulation": 3}, "8 cannot be cut into 3"),
         ({"weights": (1.0,)}, r"\(1.0,\)"),
+        ({"sampled": 3}, r"sampled must be .* got 3 of \(4, 1\)"),
+        ({"sampled": 0}, "got 0"),
+        ({"sampled": 1.5}, r"got 1\.5"),
+        ({"sampled": 1, "widths": ()}, r"got 1 of \(\)"),
+        ({"sampled": 2, "objective": "mgda"}, "sampled 2 needs the objective fixed.*got mgda"),
+        ({"sampled": 2, "objective": "uncertainty"}, "sampled 2 needs .*got uncertainty"),
         ({"learning_rate": float("nan")}, "learning_rate must be positive, got nan"),
         ({"evaluate_every": 3}, "evaluate_every 3 must be a multiple of log_every 2"),
     ],

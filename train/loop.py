@@ -6,6 +6,7 @@ and Orbax gives back the state that it was given.
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import os
@@ -223,6 +224,43 @@ def _claim(directory: Path, identity: dict[str, Any], resume: bool) -> None:
             f"{directory} was trained with {k} {before.get(k)!r}, not {identity.get(k)!r}; "
             "resume with the same recipe, or choose another --out"
         )
+
+
+def command_line(doc: str | None) -> argparse.ArgumentParser:
+    """A parser of what every recipe takes; hand its arguments to `begin`.
+
+    Args:
+      doc: the script's docstring, shown as its help.
+    """
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, type=Path, help="a file of train/configs")
+    parser.add_argument(
+        "--out", type=Path, help="folder to write, by default named as the config; must not exist"
+    )
+    parser.add_argument("--steps", type=int, help="instead of the config's")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument(
+        "--distributed", action="store_true", help="one process of many, as on a TPU pod"
+    )
+    return parser
+
+
+def begin(arguments: argparse.Namespace, kind: type) -> tuple[Any, Path]:
+    """Joins the other processes if there are any; returns the config's recipe and where to write.
+
+    Args:
+      arguments: from the parser of `command_line`.
+      kind: of the recipe.
+
+    Raises:
+      ValueError: see `load_recipe`.
+    """
+    if arguments.distributed:
+        jax.distributed.initialize()
+    recipe = load_recipe(arguments.config, kind)
+    return recipe, arguments.out or Path(arguments.config.stem)
 
 
 def load_recipe(path: str | Path, kind: type) -> Any:

@@ -10,7 +10,6 @@ same command with --resume goes on and ends with the very same parameters.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import hashlib
 import os
@@ -25,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import PartitionSpec as P
-from loop import State, adamw, data_mesh, fit, global_batch, load_recipe, program
+from loop import State, adamw, begin, command_line, data_mesh, fit, global_batch, program
 from recipe import LanguageRecipe
 
 from mcjax.convert import write_hugging_face
@@ -343,11 +342,7 @@ def plot(metrics: Path, file: Path) -> None:
 
 def main() -> None:
     """Reads the command line and trains."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", required=True, help="a file of train/configs")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
+    parser = command_line(__doc__)
     parser.add_argument(
         "--text",
         action="append",
@@ -355,29 +350,16 @@ def main() -> None:
         help="train on this instead of the config's text; repeat for more files",
     )
     parser.add_argument("--tokenizer", type=Path, help="a tokenizer.json to use")
-    parser.add_argument("--steps", type=int, help="instead of the config's")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    parser.add_argument(
-        "--distributed", action="store_true", help="one process of many, as on a TPU pod"
-    )
     arguments = parser.parse_args()
-    if arguments.distributed:
-        jax.distributed.initialize()
-    recipe = load_recipe(arguments.config, LanguageRecipe)
+    recipe, out = begin(arguments, LanguageRecipe)
     if arguments.steps is not None:
         recipe = dataclasses.replace(recipe, steps=arguments.steps)
-    beside = Path(arguments.config).parent
+    beside = arguments.config.parent
     text = arguments.text or [t if ":" in t else str(beside / t) for t in recipe.text]
     if not text:
         raise ValueError(f"{arguments.config} names no text; give --text FILE or tfds:NAME")
-    last = train(
-        recipe,
-        arguments.out,
-        text=text,
-        tokenizer=arguments.tokenizer,
-        resume=arguments.resume,
-    )
-    print(f"{arguments.out}/model: held-out perplexity {last.get('perplexity', float('nan')):.2f}")
+    last = train(recipe, out, text=text, tokenizer=arguments.tokenizer, resume=arguments.resume)
+    print(f"{out}/model: held-out perplexity {last.get('perplexity', float('nan')):.2f}")
 
 
 if __name__ == "__main__":

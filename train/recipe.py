@@ -108,7 +108,11 @@ class VisionRecipe:
         from the labels, 0 to 1 (Any-Precision DNN, arXiv 1911.07346, has 1; on digits 0 is best).
       objective: how the losses of the widths combine: "fixed", "uncertainty" or "mgda", see
         `mcjax.qat`.
-      weights: of the widths' losses under "fixed"; none for equal ones.
+      weights: of the widths' losses under "fixed"; none for 1 each.
+      sampled: how many of the widths a step trains, see `mcjax.qat.sample_widths`, so that its cost
+        need not grow with their number; None for all. Needs the objective "fixed". A `loss_k` in
+        metrics.csv is then of the last step that trained k, and `loss` the mean over the step's.
+        For GPU and TPU: on CPU XLA's convolutions take eight times as long inside a branch.
       mixing: "none", "mixup" or "cutmix", see `mcjax.lumix`.
       alpha: of the Beta distribution that mixes.
       r_s: LUMix's share of the network's own opinion of a mixed label; 0, as `r_r`, for plain
@@ -118,7 +122,7 @@ class VisionRecipe:
       learning_rate: at the end of the warm-up; falls by a cosine to a hundredth.
       warmup: steps.
       weight_decay: of kernels.
-      clip: largest global norm of the gradient, for each width.
+      clip: largest global norm of the gradient, for each width that a step trains.
       batch_size: images in a step, over all devices.
       accumulation: parts of a batch whose gradients are computed one after the other; each
         normalises by its own statistics.
@@ -147,6 +151,7 @@ class VisionRecipe:
     distill: float = 0.0
     objective: str = "fixed"
     weights: tuple[float, ...] = ()
+    sampled: int | None = None
     mixing: str = "none"
     alpha: float = 1.0
     r_s: float = 0.0
@@ -223,6 +228,17 @@ class VisionRecipe:
                 f"recipe: weights {self.weights} need the objective fixed and one for each of the "
                 f"widths {self.widths}, got {self.objective}"
             )
+        if self.sampled is not None:
+            if self.sampled not in range(1, len(self.widths) + 1):
+                raise ValueError(
+                    f"recipe: sampled must be 1 to the number of widths, got {self.sampled} of "
+                    f"{self.widths}"
+                )
+            if self.objective != "fixed":
+                raise ValueError(
+                    f"recipe: sampled {self.sampled} needs the objective fixed, whose weights do "
+                    f"not depend on losses left out; got {self.objective}"
+                )
         try:
             self.module(2)
         except (TypeError, ValueError) as error:

@@ -11,7 +11,6 @@ with the very same parameters.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import math
@@ -28,7 +27,7 @@ import numpy as np
 import optax
 from data_sources import Ahead, Augment, Dataset, Rows, centre, open_dataset
 from jax.sharding import Mesh
-from loop import State, data_mesh, fit, global_batch, load_recipe, program
+from loop import State, begin, command_line, data_mesh, fit, global_batch, program
 from recipe import VISION_MODELS, VisionRecipe
 
 from mcjax import lumix, qat, tree
@@ -45,8 +44,16 @@ def normalise(images: jax.Array) -> jax.Array:
 
 
 def losses(
-    module: Any, recipe: VisionRecipe, params: Any, stats: Any, images: jax.Array, labels: Any, key
-) -> tuple[jax.Array, Any]:
+    module: Any,
+    recipe: VisionRecipe,
+    params: Any,
+    stats: Any,
+    images: jax.Array,
+    labels: Any,
+    key: jax.Array,
+    widths: Sequence[int | None] | None = None,
+    teacher: jax.Array | None = None,
+) -> tuple[jax.Array, tuple[jax.Array, Any]]:
     """Every width's loss on one batch.
 
     Args:
@@ -57,9 +64,12 @@ def losses(
       images: float [B, H, W, C].
       labels: int [B]; or `mcjax.lumix.MixedLabels` if the recipe mixes.
       key: of LUMix's draws, which all widths share.
+      widths: some of the recipe's, descending; by default all.
+      teacher: see `qat.cascade_losses`.
 
     Returns:
-      Losses [K] and the new `batch_stats`; K is 1 for a plain float network.
+      Losses [K], then logits [B, classes] of the last width and the new `batch_stats`; K is 1 for a
+      plain float network.
     """
     if recipe.mixing == "none":
         loss = partial(optax.softmax_cross_entropy_with_integer_labels, labels=labels)
@@ -74,10 +84,66 @@ def losses(
         )
         return logits, new.get("batch_stats", {})
 
-    values, (_, stats) = qat.cascade_losses(
-        logits_at, loss, recipe.widths or (None,), stats, distill=recipe.distill
+    return qat.cascade_losses(
+        logits_at,
+        loss,
+        widths or recipe.widths or (None,),
+        stats,
+        distill=recipe.distill,
+        teacher=teacher,
     )
-    return values, stats
+
+
+def sampled_gradient(
+    losses_at: Callable[..., tuple[jax.Array, tuple[jax.Array, Any]]],
+    params: Any,
+    stats: Any,
+    widths: Sequence[int],
+    index: jax.Array,
+    weights: jax.Array,
+    logits: jax.Array,
+) -> tuple[Any, jax.Array, Any]:
+    """The losses of some widths, which may be traced, and the gradient of their weighted sum.
+
+    Each width is differentiated within its own branch: to differentiate the choice of a branch
+    would keep, for each width that is chosen, what the backward pass needs of all that are not.
+
+    Args:
+      losses_at: (params, stats, widths, teacher) -> what `losses` returns.
+      params: of the network.
+      stats: its `batch_stats`.
+      widths: all K, descending.
+      index: int [S], ascending indices into `widths`, from `qat.sample_widths`.
+      weights: float [K].
+      logits: any array like the network's logits.
+
+    Returns:
+      The gradient, losses [S] and the new `batch_stats`, of which the rows of other widths stay.
+    """
+
+    def branch(i):
+        def run(stats, teacher):
+            def own(params):
+                # The first of those chosen has no teacher; of several it is the widest there is.
+                given = teacher if i and len(index) > 1 else None
+                values, rest = losses_at(params, stats, widths[i : i + 1], given)
+                return values[0], rest
+
+            return jax.value_and_grad(own, has_aux=True)(params)
+
+        return run
+
+    branches = [branch(i) for i in range(len(widths))]
+
+    def one(carry, chosen):
+        stats, teacher, total = carry
+        (value, (logits, stats)), own = jax.lax.switch(chosen, branches, stats, teacher)
+        total = jax.tree.map(lambda t, g: t + weights[chosen].astype(g.dtype) * g, total, own)
+        return (stats, logits, total), value
+
+    start = (stats, jnp.zeros_like(logits), jax.tree.map(jnp.zeros_like, params))
+    (stats, _, gradient), values = jax.lax.scan(one, start, index)
+    return gradient, values, stats
 
 
 def make_objective(recipe: VisionRecipe) -> qat.Objective:
@@ -109,7 +175,24 @@ def make_optimiser(recipe: VisionRecipe, steps: int) -> optax.GradientTransforma
             optax.add_decayed_weights(recipe.weight_decay, mask=kernels),
             optax.sgd(schedule, momentum=0.9, nesterov=True),
         )
-    return optax.chain(optax.clip_by_global_norm(recipe.clip * max(1, len(recipe.widths))), own)
+    trained = recipe.sampled or max(1, len(recipe.widths))
+    return optax.chain(optax.clip_by_global_norm(recipe.clip * trained), own)
+
+
+def initial_extra(recipe: VisionRecipe, objective: qat.Objective, variables: Any) -> dict[str, Any]:
+    """What `State.extra` holds before the first step.
+
+    "batch_stats"; the objective's state; if widths are sampled, "losses" float32 [K] with the
+    newest one of each, NaN before its first.
+    """
+    num = max(1, len(recipe.widths))
+    extra = {
+        "batch_stats": variables.get("batch_stats", {}),
+        "objective": objective.init(num),
+    }
+    if recipe.sampled is not None:
+        extra["losses"] = jnp.full(num, jnp.nan)
+    return extra
 
 
 def make_step(module: Any, recipe: VisionRecipe, optimiser, objective: qat.Objective):
@@ -123,8 +206,11 @@ def make_step(module: Any, recipe: VisionRecipe, optimiser, objective: qat.Objec
             lambda x: jnp.moveaxis(x.reshape(-1, recipe.accumulation, *x.shape[1:]), 1, 0), batch
         )
         keys = jax.random.split(
-            jax.random.fold_in(jax.random.key(recipe.seed), state.step), recipe.accumulation
+            jax.random.fold_in(jax.random.key(recipe.seed), state.step), recipe.accumulation + 1
         )
+        index = None
+        if recipe.sampled is not None:
+            index = qat.sample_widths(keys[-1], len(names), recipe.sampled)
 
         def part(carry, inputs):
             extra, total = carry
@@ -135,24 +221,45 @@ def make_step(module: Any, recipe: VisionRecipe, optimiser, objective: qat.Objec
                 images, labels = lumix.mix(
                     mix_key, images, labels, alpha=recipe.alpha, mode=recipe.mixing
                 )
-            gradient, values, stats, weights, weighing = qat.combine(
-                lambda p: losses(module, recipe, p, extra["batch_stats"], images, labels, key),
-                state.params,
-                objective,
-                extra["objective"],
-            )
-            extra = {"batch_stats": stats, "objective": weighing}
+
+            def losses_at(params, stats, widths=None, teacher=None):
+                return losses(module, recipe, params, stats, images, labels, key, widths, teacher)
+
+            if index is None:
+                gradient, values, (_, stats), weights, weighing = qat.combine(
+                    lambda params: losses_at(params, extra["batch_stats"]),
+                    state.params,
+                    objective,
+                    extra["objective"],
+                )
+            else:
+                weights, weighing = objective.weigh(extra["objective"], None, None)
+                gradient, values, stats = sampled_gradient(
+                    losses_at,
+                    state.params,
+                    extra["batch_stats"],
+                    recipe.widths,
+                    index,
+                    weights,
+                    jnp.zeros((len(images), module.num_classes)),
+                )
+            extra = {**extra, "batch_stats": stats, "objective": weighing}
             return (extra, jax.tree.map(jnp.add, total, gradient)), (values, weights)
 
-        zeros = jax.tree.map(jnp.zeros_like, state.params)
-        (extra, gradient), (values, weights) = jax.lax.scan(
-            part, (state.extra, zeros), (keys, parts)
-        )
+        start = state.extra, jax.tree.map(jnp.zeros_like, state.params)
+        if recipe.accumulation > 1:
+            (extra, gradient), every = jax.lax.scan(part, start, (keys[:-1], parts))
+            values, weights = jax.tree.map(lambda x: x.mean(0), every)
+        else:  # not a loop: within one, convolutions on CPU take eight times as long
+            first = jax.tree.map(lambda x: x[0], parts)
+            (extra, gradient), (values, weights) = part(start, (keys[0], first))
         gradient = jax.tree.map(lambda g: g / recipe.accumulation, gradient)
         update, opt = optimiser.update(gradient, state.optimiser, state.params)
         params = optax.apply_updates(state.params, update)
-        values, weights = values.mean(0), weights.mean(0)
         metrics = {"loss": values.mean(), "gradient_norm": optax.tree.norm(gradient)}
+        if index is not None:
+            values = extra["losses"].at[index].set(values)
+            extra = {**extra, "losses": values}
         metrics |= {f"loss_{name}": values[i] for i, name in enumerate(names)}
         if recipe.objective != "fixed":
             metrics |= {f"weight_{name}": weights[i] for i, name in enumerate(names)}
@@ -345,10 +452,7 @@ def train(
     # Not jitted: fitting the tables then compiles once a shape rather than once a layer.
     variables = module.init(jax.random.key(recipe.seed), sample)
     params = variables["params"]
-    extra = {
-        "batch_stats": variables.get("batch_stats", {}),
-        "objective": objective.init(len(names)),
-    }
+    extra = initial_extra(recipe, objective, variables)
     state = State(jnp.zeros((), jnp.int32), params, optimiser.init(params), extra)
 
     augment = Augment(size=recipe.image_size, pad=recipe.pad, mirror=recipe.flip and dataset.mirror)
@@ -451,31 +555,18 @@ def plot(accuracies: dict[str, float], file: Path) -> None:
 
 def main() -> None:
     """Reads the command line and trains."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", required=True, type=Path, help="a file of train/configs")
+    parser = command_line(__doc__)
     parser.add_argument(
         "--dataset", metavar="digits|tfds:NAME|npz:FILE", help="instead of the config's"
     )
-    parser.add_argument(
-        "--out", type=Path, help="folder to write, by default named as the config; must not exist"
-    )
-    parser.add_argument("--steps", type=int, help="instead of the config's steps or epochs")
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    parser.add_argument(
-        "--distributed", action="store_true", help="one process of many, as on a TPU pod"
-    )
     arguments = parser.parse_args()
-    if arguments.distributed:
-        jax.distributed.initialize()
-    recipe = load_recipe(arguments.config, VisionRecipe)
+    recipe, out = begin(arguments, VisionRecipe)
     if arguments.dataset is not None:
         recipe = dataclasses.replace(recipe, dataset=arguments.dataset)
     if arguments.steps is not None:
         recipe = dataclasses.replace(recipe, steps=arguments.steps, epochs=None)
-    result = train(recipe, arguments.out or Path(arguments.config.stem), resume=arguments.resume)
+    result = train(recipe, out, resume=arguments.resume)
     if jax.process_index():
         return
     if arguments.json:

@@ -18,9 +18,15 @@ from mcjax import bitplane, qat
 from mcjax.bitplane import BitPlanes
 from mcjax.qat.quantizer import QuantSpec
 
+HE_NORMAL = nn.initializers.he_normal()
+
 
 def kernel(
-    module: nn.Module, shape: tuple[int, ...], spec: QuantSpec | None, bits: int | None
+    module: nn.Module,
+    shape: tuple[int, ...],
+    spec: QuantSpec | None,
+    bits: int | None,
+    init: Any = HE_NORMAL,
 ) -> jax.Array | BitPlanes:
     """A module's kernel [..., d_out] as the layer is to use it; as planes [d_in, d_out] if frozen.
 
@@ -29,6 +35,7 @@ def kernel(
       shape: of the kernel; all axes but the last are input features.
       spec: see `QuantSpec`.
       bits: the width, None for the float kernel.
+      init: of the float kernel, (key, shape) -> array.
 
     Raises:
       ValueError: if `bits` is not one of the spec's widths, or a frozen layer is not given one.
@@ -37,7 +44,7 @@ def kernel(
     if spec is None:
         if bits is not None:
             raise ValueError(f"bits {bits} was asked of a layer that has no QuantSpec")
-        return module.param("kernel", nn.initializers.he_normal(), shape)
+        return module.param("kernel", init, shape)
     if bits is not None:
         spec.check(bits)
     if spec.frozen:
@@ -45,7 +52,7 @@ def kernel(
             raise ValueError("a frozen layer serves one width; give bits")
         group = spec.group_of(matrix[0])
         return module.param("kernel", lambda key: bitplane.empty(matrix, bits, group))
-    weight = module.param("kernel", nn.initializers.he_normal(), shape)
+    weight = module.param("kernel", init, shape)
     quantizer = module.param(
         "quantizer", lambda key: qat.init_quantizer(weight.reshape(matrix), spec)
     )
@@ -84,17 +91,20 @@ class Dense(nn.Module):
       spec: widths and groups, None for a plain layer.
       bits: the width to compute at, None for float.
       use_bias: whether to add a bias.
+      kernel_init: of the kernel.
     """
 
     features: int
     spec: QuantSpec | None = None
     bits: int | None = None
     use_bias: bool = True
+    kernel_init: Any = HE_NORMAL
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Applies the layer to x [..., d_in]."""
-        w = kernel(self, (x.shape[-1], self.features), self.spec, self.bits)
+        shape = (x.shape[-1], self.features)
+        w = kernel(self, shape, self.spec, self.bits, self.kernel_init)
         x = activations(self, x, self.spec, self.bits, (-1,))
         y = jnp.dot(x, w.dequantize(x.dtype) if isinstance(w, BitPlanes) else w.astype(x.dtype))
         if self.use_bias:

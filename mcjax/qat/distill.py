@@ -26,7 +26,9 @@ def cascade_losses(
 
     Args:
       logits_at: (width, state) -> logits [B, ..., C] and the state after it; normalisation
-        statistics for instance. Composes with `jax.lax.switch` for widths that are traced.
+        statistics for instance. For widths that are traced, call this and differentiate it inside
+        the branches of `jax.lax.switch`, a width each, as train/vision.py does: a switch that is
+        itself differentiated keeps what the backward pass needs of every branch.
       loss: logits -> [B, ...], per example.
       widths: descending.
       state: goes through all widths in turn.
