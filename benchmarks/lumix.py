@@ -31,7 +31,7 @@ TRAIN = Path(__file__).resolve().parent.parent / "train"
 sys.path.append(str(TRAIN))  # the recipes' own imports
 from loop import load_recipe  # noqa: E402
 from recipe import VisionRecipe  # noqa: E402
-from vision import make_optimiser, normalise  # noqa: E402
+from vision_step import make_optimiser, normalise  # noqa: E402
 
 BINS = 15
 CLASSES = 10

@@ -10,36 +10,17 @@ import argparse
 import json
 from pathlib import Path
 
+from mcjax import bench
+
 
 def markdown(facts):
     """One table for each part."""
-    here, lines = facts["machine"], []
-    for part in ("products", "experts", "decode", "prefill", "load"):
-        rows = facts[part]
-        tokens = "tokens" in rows[0]
-        head = ["", *(["tokens"] if tokens else []), "ms (quartiles)", "speed-up"]
-        if part == "products":
-            head += ["of roofline", "error"]
-        if part == "decode":
-            head += ["tokens/s", "MB held"]
-        lines += [f"**{part}**", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-        for row in rows:
-            low, high = row["spread_ms"]
-            cells = [row["name"], *([str(row["tokens"])] if tokens else [])]
-            cells += [f"{row['ms']:.2f} ({low:.2f} to {high:.2f})", f"{row['speedup']:.2f}x"]
-            if part == "products":
-                bound = row["bytes"] / here["bandwidth_gb_s"] / 1e6
-                cells += [f"{bound / row['ms']:.0%}", f"{row['error']:.1e}" if row["error"] else ""]
-            if part == "decode":
-                cells += [f"{row['tokens_per_second']:.0f}", f"{row['bytes_held'] / 1e6:.0f}"]
-            lines.append("| " + " | ".join(cells) + " |")
-        lines.append("")
-    versions = ", ".join(f"{name} {number}" for name, number in here["versions"].items())
-    lines.append(
-        f"{here['device']} ({here['processor']}), copies at {here['bandwidth_gb_s']:.1f} GB/s; "
-        f"{versions}"
-    )
-    return "\n".join(lines)
+    lines = []
+    for part, title in bench.titles().items():
+        head = bench.columns(part)
+        rows = [head, ["---"] * len(head), *(bench.cells(facts, part, row) for row in facts[part])]
+        lines += [f"**{title}**", "", *("| " + " | ".join(row) + " |" for row in rows), ""]
+    return "\n".join([*lines, bench.caption(facts["machine"])])
 
 
 def draw(facts, path):

@@ -50,7 +50,7 @@ MOE = MixtralConfig(
 )
 """The model that decoding and prefill are timed on: 195 million parameters, random ones."""
 
-BUDGET = 2.0
+BUDGET = 2
 _PROMPT = 512
 
 
@@ -86,7 +86,7 @@ def bench(
 
 
 def machine() -> dict[str, Any]:
-    """Device, versions, and the bandwidth at which it copies 256 MB, read and written, in GB/s."""
+    """Device, versions, and the bandwidth of adding one array of 128 MB to another, in GB/s."""
     source = jnp.ones(32 << 20, jnp.float32)
     target = jnp.zeros(32 << 20, jnp.float32)
     add = jax.jit(lambda a, b: b + a, donate_argnums=1)  # into a buffer that is mapped already
@@ -142,11 +142,9 @@ def timed(
     return rows
 
 
-def random_planes(
-    key: jax.Array, shape: tuple[int, ...], bits: int, group_size: int | None = None
-) -> BitPlanes:
+def random_planes(key: jax.Array, shape: tuple[int, ...], bits: int) -> BitPlanes:
     """Planes of random bits with tables of random steps around those of trained weights."""
-    like = bitplane.empty(shape, bits, group_size)
+    like = bitplane.empty(shape, bits)
     of_bits, of_tables = jax.random.split(key)
     table = jax.random.randint(of_tables, like.tables[0].shape, 88, 120)
     return BitPlanes(
@@ -176,7 +174,7 @@ def products(
         candidates |= _torch_product(x, half)
         facts: dict[str, tuple[float, float | None]] = {"jnp.dot float32": (4, None)}
         for k, p in planes.items():
-            exact = _float64_product(x, p)
+            exact = np.asarray(x, np.float64) @ np.asarray(p.dequantize(), np.float64)
             for act in (8, None) if count < 256 else (None,):
                 name = f"mcjax {k} bits" + (", int8 activations" if act else "")
                 candidates[name] = partial(ours[act], x, p)
@@ -186,10 +184,6 @@ def products(
             per_weight, deviation = facts.get(row["name"], (2, None))
             rows.append({**row, "bytes": per_weight * weight.size, "error": deviation})
     return rows
-
-
-def _float64_product(x, planes):
-    return np.asarray(x, np.float64) @ np.asarray(planes.dequantize(), np.float64)
 
 
 def _torch_product(x, weight) -> dict[str, Callable]:
@@ -238,18 +232,26 @@ def experts(repeats: int) -> list[dict[str, Any]]:
     return timed(candidates, repeats)
 
 
-def served_moe(budget: float = BUDGET, act_bits: int | None = 8) -> tuple[Mixtral, Any]:
-    """`MOE` from planes of random bits, half of its experts a bit above and half below `budget`."""
-    per_layer = (int(budget) + 1, int(budget) - 1) * (MOE.num_local_experts // 2)
+def served_moe(act_bits: int | None = 8) -> tuple[Mixtral, Any]:
+    """`MOE` from planes of random bits, half of its experts a bit above and half below `BUDGET`."""
+    per_layer = (BUDGET + 1, BUDGET - 1) * (MOE.num_local_experts // 2)
     spec = PlaneSpec(allocation=(per_layer,) * MOE.num_hidden_layers, attention=4)
     module = Mixtral(MOE, planes=spec, act_bits=act_bits)
     return module, _random_params(module)
 
 
-def dense_moe(dtype: Any = jnp.float32) -> tuple[Mixtral, Any]:
+def dense_moe() -> tuple[Mixtral, Any]:
     """`MOE` with dense random weights, each routed expert a product of its own."""
-    module = Mixtral(MOE, dtype=dtype)
+    module = Mixtral(MOE)
     return module, _random_params(module)
+
+
+def _models() -> dict[str, tuple[Mixtral, Any]]:
+    return {
+        "dense float32": dense_moe(),
+        f"mcjax {BUDGET} bits, int8 activations": served_moe(),
+        f"mcjax {BUDGET} bits": served_moe(act_bits=None),
+    }
 
 
 def _random_params(module: Mixtral) -> Any:
@@ -264,32 +266,25 @@ def _random_params(module: Mixtral) -> Any:
         if leaf.dtype == jnp.uint8:
             return jax.random.randint(key, leaf.shape, 60, 80).astype(jnp.uint8)
         if name.endswith("['scale']"):
-            return jnp.ones(leaf.shape, module.dtype)
-        return jax.random.normal(key, leaf.shape, module.dtype) * leaf.shape[-1] ** -0.5
+            return jnp.ones(leaf.shape)
+        return jax.random.normal(key, leaf.shape) * leaf.shape[-1] ** -0.5
 
     return jax.tree_util.tree_map_with_path(fill, like)
 
 
 def decoding(repeats: int, steps: int = 8) -> list[dict[str, Any]]:
     """Milliseconds a token of `MOE` at batch 1, in a cache of 512 tokens."""
-    candidates = {}
-    models = {
-        "dense float32": dense_moe(),
-        f"mcjax {BUDGET:g} bits, int8 activations": served_moe(),
-        f"mcjax {BUDGET:g} bits": served_moe(act_bits=None),
-    }
+    models = _models()
     greedy, key = Sampling(), jax.random.key(0)
-    for name, (module, params) in models.items():
 
-        def run(module=module, params=params):
-            cache = empty_cache(MOE, 1, _PROMPT, module.dtype)
-            token = jnp.zeros(1, jnp.int32)
-            for i in range(steps):
-                token, cache = decode(module, params, token, jnp.full(1, i), cache, key, greedy)
-            return token
+    def run(module, params):
+        cache = empty_cache(MOE, 1, _PROMPT, module.dtype)
+        token = jnp.zeros(1, jnp.int32)
+        for i in range(steps):
+            token, cache = decode(module, params, token, jnp.full(1, i), cache, key, greedy)
+        return token
 
-        candidates[name] = run
-    rows = timed(candidates, repeats)
+    rows = timed({name: partial(run, *model) for name, model in models.items()}, repeats)
     for row in rows:
         row["ms"] /= steps
         row["spread_ms"] = [value / steps for value in row["spread_ms"]]
@@ -298,21 +293,16 @@ def decoding(repeats: int, steps: int = 8) -> list[dict[str, Any]]:
     return rows
 
 
-def prefilling(repeats: int, tokens: int = _PROMPT) -> list[dict[str, Any]]:
+def prefilling(repeats: int) -> list[dict[str, Any]]:
     """Reading a prompt of 512 tokens."""
-    models = {
-        "dense float32": dense_moe(),
-        f"mcjax {BUDGET:g} bits, int8 activations": served_moe(),
-        f"mcjax {BUDGET:g} bits": served_moe(act_bits=None),
-    }
-    prompt = jax.random.randint(jax.random.key(1), (1, tokens), 0, MOE.vocab_size)
-    greedy, key, length = Sampling(), jax.random.key(0), jnp.full(1, tokens)
+    prompt = jax.random.randint(jax.random.key(1), (1, _PROMPT), 0, MOE.vocab_size)
+    greedy, key, length = Sampling(), jax.random.key(0), jnp.full(1, _PROMPT)
 
     def run(module, params):
-        cache = empty_cache(MOE, 1, tokens, module.dtype)
+        cache = empty_cache(MOE, 1, _PROMPT, module.dtype)
         return prefill(module, params, prompt, length, cache, key, greedy)[0]
 
-    return timed({name: partial(run, *model) for name, model in models.items()}, repeats)
+    return timed({name: partial(run, *model) for name, model in _models().items()}, repeats)
 
 
 def loading(repeats: int) -> list[dict[str, Any]]:
@@ -328,52 +318,69 @@ def loading(repeats: int) -> list[dict[str, Any]]:
         return timed(candidates, repeats)
 
 
-def tables(facts: Mapping[str, Any]) -> list[Any]:
-    """The facts of `bench` as rich tables.
+_EXTRA = {
+    "products": ("tokens", "of roofline", "error"),
+    "decode": ("tokens/s", "MB held"),
+}
+
+
+def columns(part: str) -> list[str]:
+    """The headings that go with `cells`."""
+    return ["", "ms (quartiles)", "speed-up", *_EXTRA.get(part, ())]
+
+
+def cells(facts: Mapping[str, Any], part: str, row: Mapping[str, Any]) -> list[str]:
+    """A row of one part of `bench`'s facts as text.
 
     A product's roofline is the time to read its weight once at the bandwidth of copying.
     """
-    from rich.table import Table
+    low, high = row["spread_ms"]
+    texts = [row["name"], f"{row['ms']:.2f} ({low:.2f} to {high:.2f})", f"{row['speedup']:.2f}x"]
+    if part == "products":
+        bound = row["bytes"] / facts["machine"]["bandwidth_gb_s"] / 1e6
+        error = "" if row["error"] is None else f"{row['error']:.1e}"
+        texts += [str(row["tokens"]), f"{bound / row['ms']:.0%}", error]
+    elif part == "decode":
+        texts += [f"{row['tokens_per_second']:.0f}", f"{row['bytes_held'] / 1e6:.0f}"]
+    return texts
 
-    here = facts["machine"]
+
+def titles() -> dict[str, str]:
+    """What each part of `bench` measures."""
     d_in, d_out = SHAPE
     parameters = sum(a.size for a in jax.tree.leaves(jax.eval_shape(lambda: dense_moe()[1])))
-    titles = {
+    return {
         "products": f"{d_in} x {d_out} products",
         "experts": "2 of 8 experts of 2048 x 7168, one token",
         "decode": f"decoding, batch 1, a model of {parameters / 1e6:.0f} million parameters",
         "prefill": f"prefill of {_PROMPT} tokens, the same model",
         "load": "loading the embedded model",
     }
-    every = []
-    for part, title in titles.items():
-        table = Table(title=title, title_justify="left", title_style="bold")
-        table.add_column("")
-        for name in ("ms", "speed-up", *(_EXTRA.get(part, ()))):
-            table.add_column(name, justify="right")
-        last = None
-        for row in facts[part]:
-            if last is not None and row.get("tokens") != last:
-                table.add_section()
-            last = row.get("tokens")
-            cells = [row["name"], f"{row['ms']:.3g}", f"{row['speedup']:.2f}x"]
-            if part == "products":
-                bound = row["bytes"] / here["bandwidth_gb_s"] / 1e6
-                error = "" if row["error"] is None else f"{row['error']:.1e}"
-                cells += [str(row["tokens"]), f"{bound / row['ms']:.0%}", error]
-            elif part == "decode":
-                cells += [f"{row['tokens_per_second']:.0f}", f"{row['bytes_held'] / 1e6:.0f}"]
-            table.add_row(*cells)
-        every.append(table)
-    versions = ", ".join(f"{k} {v}" for k, v in here["versions"].items())
-    every[-1].caption = (
-        f"{here['platform']}: {here['device']}, {here['processor']}; copies at "
-        f"{here['bandwidth_gb_s']:.1f} GB/s; {versions}"
+
+
+def caption(machine: Mapping[str, Any]) -> str:
+    """Device, bandwidth and versions in a line."""
+    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    return (
+        f"{machine['platform']}: {machine['device']}, {machine['processor']}; copies at "
+        f"{machine['bandwidth_gb_s']:.1f} GB/s; {versions}"
     )
+
+
+def tables(facts: Mapping[str, Any]) -> list[Any]:
+    """The facts of `bench` as rich tables."""
+    from rich.table import Table
+
+    every = []
+    for part, title in titles().items():
+        table = Table(title=title, title_justify="left", title_style="bold")
+        for i, name in enumerate(columns(part)):
+            table.add_column(name, justify="right" if i else "left")
+        rows = facts[part]
+        for row, following in zip(rows, [*rows[1:], {}], strict=True):
+            table.add_row(
+                *cells(facts, part, row), end_section=row.get("tokens") != following.get("tokens")
+            )
+        every.append(table)
+    every[-1].caption = caption(facts["machine"])
     return every
-
-
-_EXTRA = {
-    "products": ("tokens", "of roofline", "error"),
-    "decode": ("tokens/s", "MB held"),
-}

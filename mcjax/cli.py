@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -250,18 +250,24 @@ def _pruning(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _demo(arguments: argparse.Namespace) -> None:
+def _console(tables: Iterable[Any]) -> Any:
+    """Prints tables; returns the console for more."""
     from rich.console import Console
 
+    console = Console(highlight=False)
+    for table in tables:
+        console.print(table)
+    return console
+
+
+def _demo(arguments: argparse.Namespace) -> None:
     from mcjax.demo import demo, tables
 
     facts = demo(arguments.out, progress=_progress)
     if arguments.json:
         print(json.dumps(facts))
         return
-    console = Console(highlight=False)
-    for table in tables(facts):
-        console.print(table)
+    console = _console(tables(facts))
     console.print(
         f"16-bit model {_size(facts['model_bytes'])}; one artifact for every budget "
         f"{_size(facts['artifact_bytes'])}; plots and artifact in {arguments.out}/\n"
@@ -271,17 +277,13 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from mcjax.bench import bench, tables
 
     facts = bench(arguments.repeats, progress=_progress)
     if arguments.json:
         print(json.dumps(facts))
         return
-    console = Console(highlight=False)
-    for table in tables(facts):
-        console.print(table)
+    _console(tables(facts))
 
 
 def _compress(arguments: argparse.Namespace) -> None:

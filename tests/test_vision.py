@@ -17,6 +17,7 @@ import loop
 import numpy as np
 import pytest
 import vision
+import vision_step
 from recipe import VisionRecipe
 
 from mcjax.checkpoint import ArtifactReader
@@ -127,17 +128,17 @@ def take_step(recipe, images):
     """Metrics of one step, and the sums of the statistics after it."""
     mesh = vision.data_mesh()
     module = recipe.module(2)
-    variables = module.init(jax.random.key(0), vision.normalise(images[:1]))
+    variables = module.init(jax.random.key(0), vision_step.normalise(images[:1]))
     params = variables["params"]
-    optimiser, objective = vision.make_optimiser(recipe, 2), vision.make_objective(recipe)
-    extra = vision.initial_extra(recipe, objective, variables)
+    optimiser, objective = vision_step.make_optimiser(recipe, 2), vision_step.make_objective(recipe)
+    extra = vision_step.initial_extra(recipe, objective, variables)
     state = loop.State(jnp.zeros((), jnp.int32), params, optimiser.init(params), extra)
     batch = (
         loop.global_batch(mesh, images.shape, lambda i: images[i]),
         loop.global_batch(mesh, images.shape[:1], lambda i: np.int32(i % 2)),
     )
     assert len(batch[0].addressable_shards) == jax.device_count()
-    state, metrics = vision.make_step(module, recipe, optimiser, objective)(state, batch)
+    state, metrics = vision_step.make_step(module, recipe, optimiser, objective)(state, batch)
     stats = jax.tree.leaves(state.extra["batch_stats"])
     return {k: float(v) for k, v in metrics.items()}, [float(jnp.abs(x).sum()) for x in stats]
 
@@ -188,8 +189,8 @@ def test_losses_by_hand(recipe):
         own = dataclasses.replace(recipe, mixing=mixing)
         given = labels
         if mixing != "none":
-            given = vision.lumix.MixedLabels(labels, labels[::-1], jnp.full(4, 0.3))
-        values, (_, stats) = vision.losses(
+            given = vision_step.lumix.MixedLabels(labels, labels[::-1], jnp.full(4, 0.3))
+        values, (_, stats) = vision_step.losses(
             module, own, params, variables["batch_stats"], images, given, jax.random.key(1)
         )
         np.testing.assert_allclose(values, [np.log(2)] * 2, rtol=1e-6)
@@ -205,26 +206,26 @@ def test_sampled_widths_equal_the_objective_of_these_alone(chosen):
     """Gradient, losses and statistics, with distillation from the next higher of those chosen."""
     recipe = dataclasses.replace(SAMPLED, weights=(1.0, 2.0, 3.0))
     module = recipe.module(2)
-    images, labels = vision.normalise(pixels()), jnp.arange(8) % 2
+    images, labels = vision_step.normalise(pixels()), jnp.arange(8) % 2
     variables = module.init(jax.random.key(0), images)
     params, stats = variables["params"], variables["batch_stats"]
     fixed = (module, recipe)
     key = jax.random.key(1)
 
     def losses_at(params, stats, widths, teacher):
-        return vision.losses(*fixed, params, stats, images, labels, key, widths, teacher)
+        return vision_step.losses(*fixed, params, stats, images, labels, key, widths, teacher)
 
     weights = jnp.array(recipe.weights)
     gradient, values, new = jax.jit(
-        lambda index: vision.sampled_gradient(
+        lambda index: vision_step.sampled_gradient(
             losses_at, params, stats, recipe.widths, index, weights, jnp.zeros((8, 2))
         )
     )(jnp.array(chosen))
 
     mine = [recipe.widths[i] for i in chosen]
-    objective = vision.qat.fixed([recipe.weights[i] for i in chosen])
+    objective = vision_step.qat.fixed([recipe.weights[i] for i in chosen])
     wanted, losses, (_, kept), _, _ = jax.jit(
-        lambda params: vision.qat.combine(
+        lambda params: vision_step.qat.combine(
             lambda p: losses_at(p, stats, mine, None), params, objective, objective.init(len(mine))
         )
     )(params)

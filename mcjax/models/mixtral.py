@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from mcjax import bitplane, odp
+from mcjax.bitplane import BitPlanes, MixedPlanes
 from mcjax.models import rope
 from mcjax.models.config import MixtralConfig
 from mcjax.ops import choice, dot, expert_rows_dot
@@ -162,23 +163,23 @@ def swiglu_experts(gate, up, down, x, index, keep=None, act_bits=None, draft=Non
     Returns:
       [N, D].
     """
-    if product is None and not isinstance(gate, jax.Array):
-        product = choice.product(jax.default_backend(), x.shape[0], 1, act_bits)
-    if product == "pallas" and draft is None:
+    quantised = isinstance(gate, BitPlanes | MixedPlanes)
+    every = choice.expert_product(jax.default_backend(), product)
+    if every == "pallas" and quantised and draft is None:
         # The kernels take all experts at once, of any widths.
-        each = partial(expert_rows_dot, index=index, keep=keep, act_bits=act_bits, product=product)
+        each = partial(expert_rows_dot, index=index, keep=keep, act_bits=act_bits, product=every)
         return each(jax.nn.silu(each(x, gate)) * each(x, up), down)
-    rows = partial(_swiglu, act_bits, draft)
+    rows = partial(_swiglu, act_bits, draft, product)
     block = choice.expert_rows(x.shape[0], gate.shape[0], act_bits)
     return expert_map(rows, (gate, up, down), x, index, keep, block)
 
 
-def _swiglu(act_bits, draft, weights, rows):
+def _swiglu(act_bits, draft, product, weights, rows):
     if draft is not None:  # of one expert, inside the loop: slicing all of them would copy them
         weights = [planes.slice(min(draft, planes.bits)) for planes in weights]
     gate, up, down = weights
-    hidden = jax.nn.silu(dot(rows, gate, act_bits)) * dot(rows, up, act_bits)
-    return dot(hidden, down, act_bits)
+    multiply = partial(dot, act_bits=act_bits, product=product)
+    return multiply(jax.nn.silu(multiply(rows, gate)) * multiply(rows, up), down)
 
 
 class MoE(nn.Module):

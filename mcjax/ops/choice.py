@@ -4,6 +4,10 @@ from __future__ import annotations
 
 PRODUCTS = ("popcount", "tiled", "pallas")
 
+KERNEL_PLATFORMS = ("gpu", "tpu")
+"""Where Pallas kernels multiply, all experts of all widths at once. That is by design, not by
+measurement: none was at hand."""
+
 POPCOUNT_WORK = 64
 """Rows times planes up to which counting bits beats dequantising on a CPU: 64 rows at 1 bit, 16 at
 4. It costs a pass over the planes a row, dequantising one for all rows."""
@@ -15,8 +19,6 @@ EXPERT_ROWS = 128
 def product(platform: str, rows: int, bits: int, act_bits: int | None) -> str:
     """The quicker product of rows with planes.
 
-    On GPU and TPU that is by design, not by measurement: none was at hand.
-
     Args:
       platform: "cpu", "gpu" or "tpu".
       rows: of activations.
@@ -26,11 +28,16 @@ def product(platform: str, rows: int, bits: int, act_bits: int | None) -> str:
     Returns:
       One of `PRODUCTS`.
     """
-    if platform in ("gpu", "tpu"):
+    if platform in KERNEL_PLATFORMS:
         return "pallas"
     if platform == "cpu" and act_bits == 8 and rows * bits <= POPCOUNT_WORK:
         return "popcount"
     return "tiled"
+
+
+def expert_product(platform: str, product: str | None) -> str | None:
+    """The product asked for; else the kernels where they run, None for each expert's own choice."""
+    return product or ("pallas" if platform in KERNEL_PLATFORMS else None)
 
 
 def expert_rows(rows: int, experts: int, act_bits: int | None) -> int:

@@ -115,8 +115,7 @@ def expert_rows_dot(
 
     Otherwise as `expert_dot`.
     """
-    if product is None and jax.default_backend() != "cpu":
-        product = choice.product(jax.default_backend(), x.shape[0], 1, act_bits)
+    product = choice.expert_product(jax.default_backend(), product)
     if not isinstance(planes, BitPlanes | MixedPlanes) or product != "pallas":
         function = partial(_one_dot, act_bits, product)
         block = choice.expert_rows(x.shape[0], planes.shape[0], act_bits)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 
 from mcjax import tables as tables_lib
 from mcjax.bitplane import WORD, BitPlanes
-from mcjax.ops.tiled import tiled_dot
+from mcjax.ops.tiled import backward
 
 _ACTIVATION_PLANES = tuple(-128 if q == 7 else 1 << q for q in range(8))
 
@@ -81,14 +80,4 @@ def _forward(x, planes):
     return popcount_dot(x, planes), planes
 
 
-def _backward(planes, cotangent):
-    rows = jnp.zeros((*cotangent.shape[:-1], planes.d_in), cotangent.dtype)
-    (change,) = jax.vjp(partial(_straight, planes), rows)[1](cotangent)
-    return change, None
-
-
-def _straight(planes, x):
-    return tiled_dot(x, planes)
-
-
-popcount_dot.defvjp(_forward, _backward)
+popcount_dot.defvjp(_forward, backward)

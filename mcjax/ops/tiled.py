@@ -31,11 +31,9 @@ def tiled_dot(x: jax.Array, planes: BitPlanes) -> jax.Array:
     return _over_tiles(planes, visit, jnp.zeros((x.shape[0], planes.shape[-1]), x.dtype))
 
 
-def _forward(x, planes):
-    return tiled_dot(x, planes), planes
+def transposed_dot(cotangent: jax.Array, planes: BitPlanes) -> jax.Array:
+    """[N, d_out] times the transpose of planes [d_in, d_out]: [N, d_in], by the same tiles."""
 
-
-def _backward(planes, cotangent):
     def visit(start, weight, carry):
         change, done = carry
         tile = weight.shape[-1]
@@ -46,10 +44,19 @@ def _backward(planes, cotangent):
 
     zeros = jnp.zeros((cotangent.shape[0], planes.planes.shape[-2] * planes.group_size))
     change, _ = _over_tiles(planes, visit, (zeros, jnp.int32(0)))
-    return planes.feature_order(change).astype(cotangent.dtype), None
+    return planes.feature_order(change).astype(cotangent.dtype)
 
 
-tiled_dot.defvjp(_forward, _backward)
+def _forward(x, planes):
+    return tiled_dot(x, planes), planes
+
+
+def backward(planes, cotangent):
+    """The gradient of a product with planes, however it was computed; planes have none."""
+    return transposed_dot(cotangent, planes), None
+
+
+tiled_dot.defvjp(_forward, backward)
 
 
 def _over_tiles(planes: BitPlanes, visit: Callable, carry: Any) -> Any:
