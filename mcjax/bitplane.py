@@ -276,13 +276,12 @@ def unpack_signs(planes: jax.Array, alpha: jax.Array, offset: jax.Array) -> jax.
     Returns:
       float32 [..., words * 32 * groups, d_out].
     """
-    shifts = jnp.arange(WORD - 1, -1, -1, dtype=jnp.uint32)[:, None, None]
-    value = offset[..., None, None, :, :]
+    mask = (jnp.uint32(1) << jnp.arange(WORD, dtype=jnp.uint32))[:, None, None]
+    value: Any = offset[..., None, None, :, :]
     for p in range(planes.shape[-4]):
         word = planes[..., p, :, None, :, :]  # [..., words, 1, groups, d_out]
-        sign = ~(word << shifts) & jnp.uint32(1 << (WORD - 1))
-        step = jax.lax.bitcast_convert_type(alpha[..., p, None, None, :, :], jnp.uint32)
-        value = value + jax.lax.bitcast_convert_type(step ^ sign, jnp.float32)
+        step = alpha[..., p, None, None, :, :]
+        value = jnp.where(word & mask != 0, value + step, value - step)
     return value.reshape(*planes.shape[:-4], -1, planes.shape[-1])
 
 

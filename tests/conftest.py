@@ -1,6 +1,8 @@
 """A small random Mixtral folder, its artifact, and strict promotion for every test."""
 
+import os
 import sys
+import tempfile
 from pathlib import Path
 
 import jax
@@ -11,6 +13,12 @@ import pytest
 from mcjax.compress import compress
 from mcjax.convert import write_hugging_face
 from mcjax.models import Mixtral, MixtralConfig
+
+# Workers, notebooks and commands compile much the same programs; each is compiled once a run.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    CACHE = tempfile.TemporaryDirectory(prefix="mcjax-tests-")  # gone when pytest ends
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "train"))  # the scripts' own imports
 

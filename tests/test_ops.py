@@ -121,7 +121,8 @@ def test_choice():
     assert choice.expert_rows(2, 8, 8) == 1
     assert choice.expert_rows(32, 8, 8) == 4
     assert choice.expert_rows(2, 8, None) == 2
-    assert choice.expert_rows(1024, 8, 8) == choice.expert_rows(1024, 8, None) == 128
+    assert choice.expert_rows(1024, 8, 8) == choice.expert_rows(1024, 8, None) == 160
+    assert choice.expert_rows(4096, 8, None) == 192
     planes = mcjax.quantize(weights(64, 6), bits=2)
     with pytest.raises(ValueError, match="'lookup'"):
         mcjax.dot(weights(3, 64), planes, product="lookup")

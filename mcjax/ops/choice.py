@@ -12,7 +12,10 @@ POPCOUNT_WORK = 64
 """Rows times planes up to which counting bits beats dequantising on a CPU: 64 rows at 1 bit, 16 at
 4. It costs a pass over the planes a row, dequantising one for all rows."""
 
-EXPERT_ROWS = 128
+POPCOUNT_ROWS = 16
+"""Most rows of one expert for which a block is made as small as they are."""
+
+EXPERT_ROWS = 192
 """Most rows of one expert that are multiplied at once."""
 
 
@@ -44,7 +47,8 @@ def expert_rows(rows: int, experts: int, act_bits: int | None) -> int:
     """How many rows of one expert to multiply at once.
 
     Counting bits wants no more than there are likely to be, since rows that fill a block up cost as
-    much as others; dequantising wants one block an expert.
+    much as others; dequantising wants one block an expert, and a little room in it, since an expert
+    with one row more than a block dequantises twice.
 
     Args:
       rows: routed rows in all.
@@ -52,6 +56,7 @@ def expert_rows(rows: int, experts: int, act_bits: int | None) -> int:
       act_bits: as in `product`.
     """
     share = -(-rows // experts)
-    if act_bits == 8 and share <= EXPERT_ROWS // 8:
+    if act_bits == 8 and share <= POPCOUNT_ROWS:
         return 1 << (share - 1).bit_length()
-    return min(rows, EXPERT_ROWS)
+    blocks = -(-share // EXPERT_ROWS)
+    return min(rows, -(-9 * share // (8 * 32 * blocks)) * 32)

@@ -66,7 +66,8 @@ def _over_tiles(planes: BitPlanes, visit: Callable, carry: Any) -> Any:
     """
     d_out = planes.shape[-1]
     features = planes.planes.shape[-2] * planes.group_size
-    tile = max(128, TILE_BYTES // (4 * features) // 128 * 128)
+    count = -(-4 * features * d_out // TILE_BYTES)
+    tile = -(-d_out // (128 * count)) * 128  # even tiles, so that the last overlaps little
     if tile >= d_out:
         return visit(jnp.int32(0), planes.in_plane_order(), carry)
 
