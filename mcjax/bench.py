@@ -246,7 +246,7 @@ def dense_moe() -> tuple[Mixtral, Any]:
     return module, _random_params(module)
 
 
-def _models() -> dict[str, tuple[Mixtral, Any]]:
+def timed_models() -> dict[str, tuple[Mixtral, Any]]:
     return {
         "dense float32": dense_moe(),
         f"mcjax {BUDGET} bits, int8 activations": served_moe(),
@@ -274,7 +274,7 @@ def _random_params(module: Mixtral) -> Any:
 
 def decoding(repeats: int, steps: int = 8) -> list[dict[str, Any]]:
     """Milliseconds a token of `MOE` at batch 1, in a cache of 512 tokens."""
-    models = _models()
+    models = timed_models()
     greedy, key = Sampling(), jax.random.key(0)
 
     def run(module, params):
@@ -302,7 +302,7 @@ def prefilling(repeats: int) -> list[dict[str, Any]]:
         cache = empty_cache(MOE, 1, _PROMPT, module.dtype)
         return prefill(module, params, prompt, length, cache, key, greedy)[0]
 
-    return timed({name: partial(run, *model) for name, model in _models().items()}, repeats)
+    return timed({name: partial(run, *model) for name, model in timed_models().items()}, repeats)
 
 
 def loading(repeats: int) -> list[dict[str, Any]]:
