@@ -68,7 +68,7 @@ class Ggml:
         self.cpu.ggml_cpu_init()
 
     def product(self, x, weight, kind):
-        """A function that multiplies x [1, d_in] by weight [d_in, d_out], and the weight's bytes."""
+        """What multiplies x [1, d_in] by weight [d_in, d_out], and the weight's bytes."""
         d_in, d_out = weight.shape
         rows = np.ascontiguousarray(weight.T)
         context = self.base.ggml_init(self.parameters((64 << 20) + rows.nbytes, None, False))

@@ -247,6 +247,7 @@ def dense_moe() -> tuple[Mixtral, Any]:
 
 
 def timed_models() -> dict[str, tuple[Mixtral, Any]]:
+    """Those whose decoding and prefill are timed, the dense one first."""
     return {
         "dense float32": dense_moe(),
         f"mcjax {BUDGET} bits, int8 activations": served_moe(),
