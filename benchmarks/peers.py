@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import importlib.util
 import json
 import os
@@ -197,6 +198,8 @@ def hold(what):
                 module, params, token, position, cache, jax.random.key(0), Sampling()
             )
         token.block_until_ready()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what making random weights took and gave back
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
