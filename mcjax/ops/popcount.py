@@ -11,8 +11,6 @@ from mcjax import tables as tables_lib
 from mcjax.bitplane import WORD, BitPlanes
 from mcjax.ops.tiled import backward
 
-_ACTIVATION_PLANES = tuple(-128 if q == 7 else 1 << q for q in range(8))
-
 
 def quantize_activations(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Rounds rows to int8: int32 values in [-127, 127] of x's shape, and a scale [..., 1]."""
@@ -28,6 +26,7 @@ def rounded(x: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
+@jax.jit  # traced once for each shape, not for each of a model's weights
 def popcount_dot(x: jax.Array, planes: BitPlanes) -> jax.Array:
     """X [N, d_in] times planes [d_in, d_out] with x rounded to int8 by rows.
 
@@ -63,11 +62,15 @@ def popcount_dot(x: jax.Array, planes: BitPlanes) -> jax.Array:
         activation, total = row
         y: Any = 0.0
         for p in range(bits):
-            count: Any = 0
-            for q, c in enumerate(_ACTIVATION_PLANES):
+            # Horner's rule from the sign plane down, in integers that wrap around.
+            count: Any = None
+            for q in range(7, -1, -1):
+                each: Any = 0
                 for v in range(words):
                     both = planes.planes[p, v] & activation[q, :, v, None]
-                    count = count + c * jax.lax.population_count(both).astype(jnp.int32)
+                    each = each + jax.lax.population_count(both)
+                count = -each if count is None else 2 * count + each
+            count = jax.lax.bitcast_convert_type(count, jnp.int32)
             y = y + alpha[p] * ((2 * count).astype(jnp.float32) + relative * total[:, None])
         return jnp.sum(y, axis=0)
 
