@@ -2,8 +2,8 @@
 
     python benchmarks/quantise.py        # in an environment with torch, see peers.py
 
-One expert matrix of `bench.MOE` with random weights and inputs whose features are correlated. GPTQ is
-that of arXiv 2210.17323 as its authors run it, 128 columns at a time, groups of 128, asymmetric grids.
+One expert matrix of `bench.MOE` with random weights, inputs whose features are correlated. GPTQ is
+as in arXiv 2210.17323: 128 columns at a time, groups of 128, asymmetric grids.
 Errors are ||X (w - W_k)||^2 over ||X w||^2.
 """
 
@@ -30,7 +30,7 @@ WIDTHS = (1, 2, 3, 4)
 
 
 def torch_gptq(weight, gram, bits):
-    """Dequantised weight [d_out, d_in] of one width; `weight` [d_out, d_in], `gram` [d_in, d_in]."""
+    """The dequantised weight [d_out, d_in]; `weight` is [d_out, d_in], `gram` [d_in, d_in]."""
     weight = weight.clone()
     d_in = weight.shape[1]
     damped = gram + DAMPING * gram.diagonal().mean() * torch.eye(d_in)
