@@ -114,9 +114,8 @@ def main():
     }
     arguments.out.write_text(json.dumps(facts, indent=1) + "\n")
     first = np.median(rows[0]["seconds"])
-    print(
-        f"| {d_in} x {d_out} | seconds | times GPTQ's | error at 1, 2, 3, 4 bits |\n|---|---|---|---|"
-    )
+    print(f"| {d_in} x {d_out} | seconds | times GPTQ's | error at 1, 2, 3, 4 bits |")
+    print("|---|---|---|---|")
     for row in rows:
         middle = np.median(row["seconds"])
         errors = ", ".join(f"{value:.4f}" for value in row["errors"])
