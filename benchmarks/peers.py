@@ -25,11 +25,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from speed import markdown
 
 from mcjax import bench, dot
-from mcjax.generate import decode
-from mcjax.models.mixtral import empty_cache
-from mcjax.sampling import Sampling
 
 GGML_TYPES = {"Q2_K": 10, "Q3_K": 11, "Q4_0": 2, "Q4_K": 12, "TQ1_0": 34, "TQ2_0": 35}
 NEW_TOKENS = 32
@@ -133,75 +131,56 @@ def products(repeats):
         planes = bench.random_planes(jax.random.fold_in(key, k), bench.SHAPE, k)
         name = f"mcjax {k} bits, int8 activations"
         candidates[name], held[name] = partial(ours, x, planes), planes.nbytes
-    rows = bench.timed(candidates, repeats, at_once=True)
+    rows = bench.timed(candidates, repeats, at_once=True, tokens=1, error=None)
     for row in rows:
-        row["bits_a_weight"] = 8 * held[row["name"]] / weight.size
+        row["bytes"] = held[row["name"]]
+        row["name"] += f", {8 * row['bytes'] / weight.size:.2f} bits"
     return rows
 
 
 def decoding(repeats):
-    """Milliseconds a token of `bench.MOE`, Hugging Face's experts by each way that it offers."""
-    greedy, key = Sampling(), jax.random.key(0)
-
-    def ours(module, params):
-        cache = empty_cache(bench.MOE, 1, 512, module.dtype)
-        token = jnp.zeros(1, jnp.int32)
-        for i in range(NEW_TOKENS):
-            token, cache = decode(module, params, token, jnp.full(1, i), cache, key, greedy)
-        return token
-
-    candidates = {}
+    """Rows of `bench.decoding`, with Hugging Face's experts by each way that it offers."""
+    others = {}
     if importlib.util.find_spec("transformers"):
         import torch
         from transformers import MixtralConfig, MixtralForCausalLM
 
         torch.manual_seed(0)
+        prompt = torch.zeros((1, 1), dtype=torch.long)
+        more = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
         for way in ("eager", "batched_mm", "grouped_mm"):
             for kind in (torch.float32, torch.bfloat16):
                 config = MixtralConfig(**bench.MOE.to_dict(), bos_token_id=None, eos_token_id=None)
                 config._experts_implementation = way
                 model = MixtralForCausalLM(config).to(kind).eval()
-                prompt = torch.zeros((1, 1), dtype=torch.long)
-                more = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
                 run = partial(model.generate, prompt, attention_mask=prompt + 1, **more)
                 name = f"Hugging Face generate, {str(kind)[6:]}, {way}"
-                try:
-                    if run().shape[1] != NEW_TOKENS + 1:
-                        raise RuntimeError(f"{name} stopped early")
-                except (NotImplementedError, RuntimeError) as error:
-                    print(f"{name}: {error}", file=sys.stderr)
-                    continue
-                candidates[name] = lambda run=run: run().numpy()
-    for name, model in bench.timed_models().items():
-        candidates[name] = partial(ours, *model)
-    rows = bench.timed(candidates, repeats)
-    for row in rows:
-        row["ms"] /= NEW_TOKENS
-        row["spread_ms"] = [value / NEW_TOKENS for value in row["spread_ms"]]
-        row["tokens_per_second"] = 1e3 / row["ms"]
-    return rows
+                if run().shape[1] != NEW_TOKENS + 1:
+                    raise RuntimeError(f"{name} stopped early")
+                size = sum(p.nbytes for p in model.parameters())
+                others[name] = lambda run=run: run().numpy(), size
+    return bench.decoding(repeats, NEW_TOKENS, others)
 
 
 def hold(what):
-    """Bytes that this process holds after decoding with `what`."""
+    """Bytes that this process holds after decoding with `what`, and without compiled programs."""
+
+    def resident():
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what making random weights took and gave back
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
     jax.block_until_ready(jax.jit(jnp.add)(1.0, 2.0))
     if what != HELD[0]:
         module, params = bench.served_moe() if what == "mcjax" else bench.dense_moe()
         if what == "dense bfloat16":
             module = module.clone(dtype=jnp.bfloat16)
             params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
-        cache = empty_cache(bench.MOE, 1, 512, module.dtype)
-        token = jnp.zeros(1, jnp.int32)
-        for i in range(8):
-            position = jnp.full(1, i)
-            token, cache = decode(
-                module, params, token, position, cache, jax.random.key(0), Sampling()
-            )
-        token.block_until_ready()
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what making random weights took and gave back
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+        bench.write_tokens(module, params, 8).block_until_ready()
+    whole = resident()
+    jax.clear_caches()
+    return whole, resident()
 
 
 def memory():
@@ -209,35 +188,26 @@ def memory():
     held = {}
     for what in HELD:
         command = [sys.executable, __file__, "--hold", what]
-        held[what] = int(subprocess.run(command, check=True, capture_output=True).stdout)
-    return [{"name": what, "bytes_above_empty": held[what] - held[HELD[0]]} for what in HELD[1:]]
-
-
-def markdown(facts):
-    """A table for each part."""
-    lines = [
-        "| 4096 x 14336, one token | ms (quartiles) | speed-up | bits a weight |",
-        "|---|---|---|---|",
+        held[what] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    names = ("bytes_above_empty", "without_programs")
+    return [
+        {
+            "name": what,
+            **dict(zip(names, np.subtract(held[what], held[HELD[0]]).tolist(), strict=True)),
+        }
+        for what in HELD[1:]
     ]
-    for row in facts["products"]:
-        low, high = row["spread_ms"]
-        lines.append(
-            f"| {row['name']} | {row['ms']:.2f} ({low:.2f} to {high:.2f}) | {row['speedup']:.2f}x "
-            f"| {row['bits_a_weight']:.2f} |"
-        )
-    lines += [
-        "",
-        "| decoding, 195 million parameters | ms a token (quartiles) | tokens/s |",
+
+
+def table(rows):
+    """What processes hold, as Markdown."""
+    lines = [
+        "| the same model, decoding | MB above an empty JAX process | without compiled programs |",
         "|---|---|---|",
     ]
-    for row in facts["decode"]:
-        low, high = row["spread_ms"]
-        lines.append(
-            f"| {row['name']} | {row['ms']:.2f} ({low:.2f} to {high:.2f}) "
-            f"| {row['tokens_per_second']:.0f} |"
-        )
-    lines += ["", "| the same model, decoding | MB above an empty JAX process |", "|---|---|"]
-    lines += [f"| {r['name']} | {r['bytes_above_empty'] / 1e6:.0f} |" for r in facts["memory"]]
+    for row in rows:
+        cells = [f"{row[k] / 1e6:.0f}" for k in ("bytes_above_empty", "without_programs")]
+        lines.append("| " + " | ".join([row["name"], *cells]) + " |")
     return "\n".join(lines)
 
 
@@ -251,7 +221,7 @@ def main():
     parser.add_argument("--hold", choices=HELD, help="print the bytes held and end")
     arguments = parser.parse_args()
     if arguments.hold:
-        print(hold(arguments.hold))
+        print(json.dumps(hold(arguments.hold)))
         return
     facts = {"machine": bench.machine(), "memory": memory()}
     packages = ("transformers", "qwix", "llama_cpp_python")
@@ -261,7 +231,7 @@ def main():
     facts["products"] = products(arguments.repeats)
     facts["decode"] = decoding(arguments.repeats)
     arguments.out.write_text(json.dumps(facts, indent=1) + "\n")
-    print(markdown(facts))
+    print(table(facts["memory"]), markdown(facts), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -4,14 +4,16 @@
 
 One expert matrix of `bench.MOE` with random weights, inputs whose features are correlated. GPTQ is
 as in arXiv 2210.17323: 128 columns at a time, groups of 128, asymmetric grids.
-Errors are ||X (w - W_k)||^2 over ||X w||^2.
+Errors are ||X (w - W_k)||^2 over ||X w||^2. Then the embedded model by each effort.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import time
+import shutil
+import tempfile
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -21,7 +23,9 @@ import torch
 
 import mcjax
 from mcjax import bench
-from mcjax.compress import EFFORTS
+from mcjax.compress import EFFORTS, compress
+from mcjax.demo import EMBEDDED
+from mcjax.evaluate import evaluate
 
 GROUP = 128
 BLOCK = 128
@@ -59,14 +63,8 @@ def torch_gptq(weight, gram, bits):
     return out
 
 
-def main():
-    """Prints a table and writes its JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent / "results" / "quantise_cpu.json"
-    )
-    parser.add_argument("--repeats", type=int, default=3)
-    arguments = parser.parse_args()
+def matrices(repeats):
+    """Rows of one matrix quantised by GPTQ width for width, and by each effort once."""
     d_in, d_out = bench.MOE.hidden_size, bench.MOE.intermediate_size
     keys = jax.random.split(jax.random.key(0), 3)
     w = jax.random.normal(keys[0], (d_in, d_out)) * d_in**-0.5
@@ -74,52 +72,84 @@ def main():
     x = jax.random.normal(keys[2], (4 * d_in, d_in)) @ mixing
     gram = x.T @ x
     weight, matrix = torch.from_numpy(np.array(w.T)), torch.from_numpy(np.array(gram))
+    exact, h = np.asarray(w, np.float64), np.asarray(gram, np.float64)
 
     def error(quantised):
-        change = np.asarray(w, np.float64) - np.asarray(quantised, np.float64)
-        h = np.asarray(gram, np.float64)
-        return float(np.sum(change * (h @ change)) / np.sum(w * (h @ np.asarray(w))))
+        change = exact - np.asarray(quantised, np.float64)
+        return float(np.sum(change * (h @ change)) / np.sum(exact * (h @ exact)))
 
-    def run_torch():
+    def by_torch():
         return [torch_gptq(weight, matrix, k) for k in WIDTHS]
 
-    def run_ours(sweeps):
-        return jax.block_until_ready(
-            mcjax.quantize(w, bits=4, group_size=GROUP, gram=gram, sweeps=sweeps)
-        )
-
-    candidates = {"four GPTQ runs, torch": run_torch}
+    candidates = {"four GPTQ runs, torch": by_torch}
     for effort, sweeps in EFFORTS.items():
-        candidates[f"mcjax, effort {effort}"] = lambda sweeps=sweeps: run_ours(sweeps)
-    seconds = {name: [] for name in candidates}
-    results = {name: run() for name, run in candidates.items()}  # compiles, too
-    for _ in range(arguments.repeats):
-        for name, run in candidates.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    rows = []
-    for name, result in results.items():
-        if name.startswith("mcjax"):
-            errors = [error(result.slice(k).dequantize()) for k in WIDTHS]
+        candidates[f"mcjax, effort {effort}"] = partial(
+            mcjax.quantize, w, 4, GROUP, gram, sweeps=sweeps
+        )
+    rows = bench.timed(candidates, repeats)
+    for row in rows:
+        result = candidates[row["name"]]()
+        if isinstance(result, list):
+            values = [value.numpy().T for value in result]
         else:
-            errors = [error(value.numpy().T) for value in result]
-        rows.append({"name": name, "seconds": seconds[name], "errors": errors})
+            values = [result.slice(k).dequantize() for k in WIDTHS]
+        row["errors"] = [error(value) for value in values]
+    return rows
+
+
+def models(repeats):
+    """Rows of the embedded model compressed by each effort, with its perplexity at each width."""
+    with tempfile.TemporaryDirectory() as folder:
+
+        def make(effort):
+            out = Path(folder) / effort
+            shutil.rmtree(out, ignore_errors=True)
+            text = EMBEDDED / "calibration.txt"
+            compress(EMBEDDED, out, text, samples=64, seq_len=256, effort=effort)
+
+        rows = bench.timed({effort: partial(make, effort) for effort in EFFORTS}, repeats)
+        for row in rows:
+            judge = partial(evaluate, Path(folder) / row["name"], EMBEDDED / "held_out.txt")
+            row["perplexity"] = [judge(bits=k, seq_len=256)["perplexity"] for k in WIDTHS]
+    return rows
+
+
+def markdown(facts):
+    """A table of each."""
+    d_in, d_out = facts["shape"]
+    lines = [
+        f"| {d_in} x {d_out} | seconds | times GPTQ's | error at 1, 2, 3, 4 bits |",
+        "|---|---|---|---|",
+    ]
+    for row in facts["matrices"]:
+        errors = ", ".join(f"{value:.4f}" for value in row["errors"])
+        seconds, times = row["ms"] / 1e3, 1 / row["speedup"]
+        lines.append(f"| {row['name']} | {seconds:.2f} | {times:.2f} | {errors} |")
+    lines += ["", "| `mcjax compress --effort` | seconds | perplexity |", "|---|---|---|"]
+    for row in facts["models"]:
+        perplexity = ", ".join(f"{value:.2f}" for value in row["perplexity"])
+        lines.append(f"| {row['name']} | {row['ms'] / 1e3:.1f} | {perplexity} |")
+    return "\n".join(lines)
+
+
+def main():
+    """Prints the tables and writes their JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results" / "quantise_cpu.json"
+    )
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
     facts = {
         "machine": bench.machine(),
-        "shape": [d_in, d_out],
+        "shape": [bench.MOE.hidden_size, bench.MOE.intermediate_size],
         "widths": WIDTHS,
         "group_size": GROUP,
-        "rows": rows,
+        "matrices": matrices(arguments.repeats),
+        "models": models(arguments.repeats),
     }
     arguments.out.write_text(json.dumps(facts, indent=1) + "\n")
-    first = np.median(rows[0]["seconds"])
-    print(f"| {d_in} x {d_out} | seconds | times GPTQ's | error at 1, 2, 3, 4 bits |")
-    print("|---|---|---|---|")
-    for row in rows:
-        middle = np.median(row["seconds"])
-        errors = ", ".join(f"{value:.4f}" for value in row["errors"])
-        print(f"| {row['name']} | {middle:.2f} | {middle / first:.2f} | {errors} |")
+    print(markdown(facts))
 
 
 if __name__ == "__main__":

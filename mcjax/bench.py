@@ -250,8 +250,7 @@ def dense_moe() -> tuple[Mixtral, Any]:
     return module, _random_params(module)
 
 
-def timed_models() -> dict[str, tuple[Mixtral, Any]]:
-    """Those whose decoding and prefill are timed, the dense one first."""
+def _models() -> dict[str, tuple[Mixtral, Any]]:
     return {
         "dense float32": dense_moe(),
         f"mcjax {BUDGET} bits, int8 activations": served_moe(),
@@ -277,25 +276,42 @@ def _random_params(module: Mixtral) -> Any:
     return jax.tree_util.tree_map_with_path(fill, like)
 
 
-def decoding(repeats: int, steps: int = 8) -> list[dict[str, Any]]:
-    """Milliseconds a token of `MOE` at batch 1, in a cache of 512 tokens."""
-    models = timed_models()
-    greedy, key = Sampling(), jax.random.key(0)
+def decoding(
+    repeats: int, steps: int = 8, others: Mapping[str, tuple[Callable[[], Any], int]] | None = None
+) -> list[dict[str, Any]]:
+    """Milliseconds a token of `MOE` at batch 1.
 
-    def run(module, params):
-        cache = empty_cache(MOE, 1, _PROMPT, module.dtype)
-        token = jnp.zeros(1, jnp.int32)
-        for i in range(steps):
-            token, cache = decode(module, params, token, jnp.full(1, i), cache, key, greedy)
-        return token
+    Args:
+      repeats: as in `timed`.
+      steps: tokens that are written each time.
+      others: peers by name: what writes `steps` tokens with them, and the bytes of their weights.
 
-    rows = timed({name: partial(run, *model) for name, model in models.items()}, repeats)
+    Returns:
+      Rows as in `bench`, with `tokens_per_second` and `bytes_held`.
+    """
+    every = {
+        name: (
+            partial(write_tokens, module, params, steps),
+            sum(a.nbytes for a in jax.tree.leaves(params)),
+        )
+        for name, (module, params) in _models().items()
+    } | dict(others or {})
+    rows = timed({name: run for name, (run, _) in every.items()}, repeats)
     for row in rows:
         row["ms"] /= steps
         row["spread_ms"] = [value / steps for value in row["spread_ms"]]
         row["tokens_per_second"] = 1e3 / row["ms"]
-        row["bytes_held"] = sum(a.nbytes for a in jax.tree.leaves(models[row["name"]][1]))
+        row["bytes_held"] = every[row["name"]][1]
     return rows
+
+
+def write_tokens(module: Mixtral, params: Any, steps: int) -> jax.Array:
+    """The likeliest token int32 [1] after `steps` of them, in a cache of 512 tokens."""
+    cache = empty_cache(MOE, 1, _PROMPT, module.dtype)
+    token, greedy, key = jnp.zeros(1, jnp.int32), Sampling(), jax.random.key(0)
+    for i in range(steps):
+        token, cache = decode(module, params, token, jnp.full(1, i), cache, key, greedy)
+    return token
 
 
 def prefilling(repeats: int) -> list[dict[str, Any]]:
@@ -307,7 +323,7 @@ def prefilling(repeats: int) -> list[dict[str, Any]]:
         cache = empty_cache(MOE, 1, _PROMPT, module.dtype)
         return prefill(module, params, prompt, length, cache, key, greedy)[0]
 
-    return timed({name: partial(run, *model) for name, model in timed_models().items()}, repeats)
+    return timed({name: partial(run, *model) for name, model in _models().items()}, repeats)
 
 
 def loading(repeats: int) -> list[dict[str, Any]]:
