@@ -36,6 +36,14 @@ CONFIG = MixtralConfig(
 )
 
 
+FIRST = ("test_notebooks.py", "test_demo.py")
+"""Files of few but long tests: started last, they would keep one worker busy alone."""
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in FIRST)
+
+
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory):
     """A text of some thousand words."""

@@ -6,10 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mcjax import tables as tables_lib
 from mcjax.bitplane import WORD, BitPlanes
 from mcjax.ops.tiled import backward
+
+_TWICE_PLACE = np.array([2, 4, 8, 16, 32, 64, 128, -256], np.int32)[:, None, None]
+"""Twice what each bit of an int8 stands for."""
 
 
 def quantize_activations(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -58,21 +62,15 @@ def popcount_dot(x: jax.Array, planes: BitPlanes) -> jax.Array:
     if last < bits - 1:  # uniform
         alpha = alpha * tables_lib.basis(bits)[0, :, None, None]
 
+    # Array axes rather than sums written out: a tenth of the program, and no slower.
     def one_row(row):
         activation, total = row
-        y: Any = 0.0
-        for p in range(bits):
-            # Horner's rule from the sign plane down, in integers that wrap around.
-            count: Any = None
-            for q in range(7, -1, -1):
-                each: Any = 0
-                for v in range(words):
-                    both = planes.planes[p, v] & activation[q, :, v, None]
-                    each = each + jax.lax.population_count(both)
-                count = -each if count is None else 2 * count + each
-            count = jax.lax.bitcast_convert_type(count, jnp.int32)
-            y = y + alpha[p] * ((2 * count).astype(jnp.float32) + relative * total[:, None])
-        return jnp.sum(y, axis=0)
+        count: Any = 0
+        for v in range(words):
+            both = planes.planes[:, None, v] & activation[:, :, v, None]
+            count = count + jax.lax.population_count(both)  # [bits, 8, groups, d_out]
+        count = jnp.sum(count.astype(jnp.int32) * _TWICE_PLACE, axis=1).astype(jnp.float32)
+        return jnp.sum(alpha * (count + relative * total[:, None]), axis=(0, 1))
 
     # A loop decodes the table once for all rows; vmap would fuse decoding into each.
     y = jax.lax.map(one_row, (activation, total))
