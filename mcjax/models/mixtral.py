@@ -54,7 +54,8 @@ class Cache(NamedTuple):
     """Keys and values of one layer's past tokens; slot s holds position s.
 
     Attributes:
-      keys: [B, S, KV, head_dim], S the longest sequence.
+      keys: [B, KV, S, head_dim], S the longest sequence. Heads come first, as attention multiplies
+        them; else every step would transpose the whole cache.
       values: likewise.
     """
 
@@ -96,28 +97,29 @@ class Attention(nn.Module):
         q = project("q", x, heads * head_dim).reshape(batch, length, heads, head_dim)
         k = project("k", x, kv_heads * head_dim).reshape(batch, length, kv_heads, head_dim)
         v = project("v", x, kv_heads * head_dim).reshape(batch, length, kv_heads, head_dim)
-        whole = length if cache is None else cache.keys.shape[1]
+        whole = length if cache is None else cache.keys.shape[2]
         cos, sin = rope.angles(c, positions, whole)
         q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
+        k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
         key_positions = positions
         if cache is not None:
-            row = jnp.arange(batch)[:, None]
+            place = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[:, None], positions[:, None]
             cache = Cache(
-                cache.keys.at[row, positions].set(k.astype(cache.keys.dtype)),
-                cache.values.at[row, positions].set(v.astype(cache.values.dtype)),
+                cache.keys.at[place].set(k.astype(cache.keys.dtype)),
+                cache.values.at[place].set(v.astype(cache.values.dtype)),
             )
             k, v = cache.keys.astype(x.dtype), cache.values.astype(x.dtype)
             key_positions = jnp.arange(whole)[None]
 
         q = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
-        scores = jnp.einsum("btkgd,bskd->bkgts", q, k).astype(jnp.float32) * head_dim**-0.5
+        scores = jnp.einsum("btkgd,bksd->bkgts", q, k).astype(jnp.float32) * head_dim**-0.5
         distance = positions[:, :, None] - key_positions[:, None, :]
         visible = distance >= 0
         if c.sliding_window is not None:
             visible &= distance < c.sliding_window
         scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
         weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
-        out = jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(batch, length, -1)
+        out = jnp.einsum("bkgts,bksd->btkgd", weights, v).reshape(batch, length, -1)
         self.sow("calibration", "attention_output", out)
         return (
             project("o", out, x.shape[-1]),
@@ -359,7 +361,7 @@ def empty_cache(
     config: MixtralConfig, batch: int, length: int, dtype: Any = jnp.float32
 ) -> tuple[Cache, ...]:
     """Room for `length` tokens of `batch` sequences in every layer."""
-    shape = (batch, length, config.num_key_value_heads, config.head_dim)
+    shape = (batch, config.num_key_value_heads, length, config.head_dim)
     return tuple(
         Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
         for _ in range(config.num_hidden_layers)
