@@ -237,17 +237,20 @@ def experts(repeats: int) -> list[dict[str, Any]]:
 
 
 def served_moe(act_bits: int | None = 8) -> tuple[Mixtral, Any]:
-    """`MOE` from planes of random bits, half of its experts a bit above and half below `BUDGET`."""
+    """`MOE` from planes of random bits, half of its experts a bit above and half below `BUDGET`.
+
+    What is not in planes is bfloat16, as in an artifact.
+    """
     per_layer = (BUDGET + 1, BUDGET - 1) * (MOE.num_local_experts // 2)
     spec = PlaneSpec(allocation=(per_layer,) * MOE.num_hidden_layers, attention=4)
     module = Mixtral(MOE, planes=spec, act_bits=act_bits)
-    return module, _random_params(module)
+    return module, _random_params(module, jnp.bfloat16)
 
 
 def dense_moe() -> tuple[Mixtral, Any]:
     """`MOE` with dense random weights, each routed expert a product of its own."""
     module = Mixtral(MOE)
-    return module, _random_params(module)
+    return module, _random_params(module, jnp.float32)
 
 
 def _models() -> dict[str, tuple[Mixtral, Any]]:
@@ -258,20 +261,21 @@ def _models() -> dict[str, tuple[Mixtral, Any]]:
     }
 
 
-def _random_params(module: Mixtral) -> Any:
+def _random_params(module: Mixtral, dtype: Any) -> Any:
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     like = jax.eval_shape(module.init, jax.random.key(0), tokens)["params"]
 
     def fill(path, leaf):
         name = jax.tree_util.keystr(path)
-        key = jax.random.key(zlib.crc32(name.encode()))
+        rng = np.random.default_rng(zlib.crc32(name.encode()))
         if leaf.dtype == jnp.uint32:
-            return jax.random.bits(key, leaf.shape, jnp.uint32)
+            return jnp.asarray(rng.integers(0, 1 << 32, leaf.shape, np.uint32))
         if leaf.dtype == jnp.uint8:
-            return jax.random.randint(key, leaf.shape, 60, 80).astype(jnp.uint8)
+            return jnp.asarray(rng.integers(60, 80, leaf.shape, np.uint8))
         if name.endswith("['scale']"):
-            return jnp.ones(leaf.shape)
-        return jax.random.normal(key, leaf.shape) * leaf.shape[-1] ** -0.5
+            return jnp.asarray(np.ones(leaf.shape, dtype))
+        values = rng.standard_normal(leaf.shape, np.float32) * leaf.shape[-1] ** -0.5
+        return jnp.asarray(values.astype(dtype))
 
     return jax.tree_util.tree_map_with_path(fill, like)
 

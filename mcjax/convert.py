@@ -133,7 +133,7 @@ class HuggingFaceFolder:
             "norm": {"scale": self._read("model.norm.weight", (c.hidden_size,), dtype)},
         }
         if not c.tie_word_embeddings:
-            rest["head"] = self._read("lm_head.weight", (c.vocab_size, c.hidden_size), dtype).T
+            rest["head"] = self._read("lm_head.weight", (c.vocab_size, c.hidden_size), dtype)
         return rest
 
     def read(self, dtype: Any = None, progress: Callable = lambda items: items) -> dict[str, Any]:
@@ -233,7 +233,7 @@ def write_hugging_face(
         "model.norm.weight": params["norm"]["scale"],
     }
     if not config.tie_word_embeddings:
-        tensors["lm_head.weight"] = np.asarray(params["head"]).T
+        tensors["lm_head.weight"] = np.asarray(params["head"])
     for i in range(config.num_hidden_layers):
         at, layer = f"model.layers.{i}.", params[f"layer_{i}"]
         tensors[at + "input_layernorm.weight"] = layer["attention_norm"]["scale"]

@@ -27,9 +27,8 @@ from mcjax.speculate import Draft, Tally, self_draft
 @partial(jax.jit, static_argnames=("module", "sampling"), donate_argnames="cache")
 def prefill(module: Mixtral, params, tokens, length, cache, key, sampling: Sampling):
     """Reads prompts int [B, T], padded at the end; returns their next tokens [B] and the cache."""
-    logits, cache = module.apply({"params": params}, tokens, None, cache, length)
-    last = jnp.take_along_axis(logits, (length - 1)[:, None, None], axis=1)[:, 0]
-    return sample(key, last, sampling), cache
+    logits, cache = module.apply({"params": params}, tokens, None, cache, length, length - 1)
+    return sample(key, logits[:, 0], sampling), cache
 
 
 @partial(jax.jit, static_argnames=("module", "sampling"), donate_argnames="cache")

@@ -14,7 +14,7 @@ from mcjax import bitplane, odp
 from mcjax.bitplane import BitPlanes, MixedPlanes
 from mcjax.models import rope
 from mcjax.models.config import MixtralConfig
-from mcjax.ops import choice, dot, expert_rows_dot
+from mcjax.ops import choice, dot, expert_rows_dot, narrow_dot
 from mcjax.ops.grouped import expert_map
 
 
@@ -103,7 +103,11 @@ class Attention(nn.Module):
         k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
         key_positions = positions
         if cache is not None:
-            place = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[:, None], positions[:, None]
+            place = (
+                jnp.arange(batch)[:, None, None],
+                jnp.arange(kv_heads)[:, None],
+                positions[:, None],
+            )
             cache = Cache(
                 cache.keys.at[place].set(k.astype(cache.keys.dtype)),
                 cache.values.at[place].set(v.astype(cache.values.dtype)),
@@ -322,6 +326,7 @@ class Mixtral(nn.Module):
         positions: jax.Array | None = None,
         cache: tuple[Cache, ...] | None = None,
         length: jax.Array | None = None,
+        only: jax.Array | None = None,
     ) -> Any:
         """Next-token logits.
 
@@ -331,9 +336,11 @@ class Mixtral(nn.Module):
             at given positions are decoded: pruning protects none of them, however many they are.
           cache: one `Cache` a layer, see `empty_cache`.
           length: int [B], tokens that are not padding at the end; None for all.
+          only: int [B], the one token of each sequence whose logits are wanted; None for all.
 
         Returns:
-          Logits [B, T, vocab]; with a cache also the cache with these tokens in it.
+          Logits [B, T, vocab], T being 1 with `only`; with a cache also the cache with these tokens
+          in it.
         """
         c = self.config
         embedding = self.param(
@@ -348,12 +355,14 @@ class Mixtral(nn.Module):
             own = layer(c, self.planes, i, self.act_bits, self.prune)
             x, new = own(x, positions, None if cache is None else cache[i], length, decoding)
             caches.append(new)
+        if only is not None:
+            x = jnp.take_along_axis(x, only[:, None, None], axis=1)
         x = RMSNorm(c.rms_norm_eps, name="norm")(x)
-        if c.tie_word_embeddings:
-            logits = x @ embedding.T.astype(x.dtype)
-        else:
-            head = self.param("head", nn.initializers.lecun_normal(), (c.hidden_size, c.vocab_size))
-            logits = x @ head.astype(x.dtype)
+        table = embedding
+        if not c.tie_word_embeddings:
+            init = nn.initializers.lecun_normal(in_axis=-1, out_axis=-2)
+            table = self.param("head", init, (c.vocab_size, c.hidden_size))
+        logits = narrow_dot(x.reshape(-1, c.hidden_size), table).reshape(*x.shape[:-1], -1)
         return logits if cache is None else (logits, tuple(caches))
 
 

@@ -87,16 +87,17 @@ def _loop(groups: _Groups, block, weights, visit, carry):
     last = groups.order.shape[0] - 1
 
     def one_expert(i, carry):
-        expert = groups.active[i]
+        expert = _at(groups.active, i)
+        first, rows_of = _at(groups.first, expert), _at(groups.rows_of, expert)
 
         def blocks(one):
             def one_block(b, carry):
                 place = b * block + jnp.arange(block)
-                valid = place < groups.rows_of[expert]
-                rows = groups.order[jnp.minimum(groups.first[expert] + place, last)]
+                valid = place < rows_of
+                rows = groups.order[jnp.minimum(first + place, last)]
                 return visit(one, expert, rows, valid, carry)
 
-            return lax.fori_loop(0, -(-groups.rows_of[expert] // block), one_block, carry)
+            return lax.fori_loop(0, -(-rows_of // block), one_block, carry)
 
         return select_expert(weights, expert, blocks)
 
@@ -111,7 +112,7 @@ def select_expert(weights: tuple[Weight, ...], expert: jax.Array, function: Call
     """
     mixed = [w for w in weights if isinstance(w, MixedPlanes)]
     if not mixed:
-        return function(jax.tree.map(lambda leaf: leaf[expert], weights))
+        return function(_at(weights, expert))
     allocation = mixed[0].allocation
     if any(w.allocation != allocation for w in mixed):
         raise ValueError(f"weights of one expert differ in width: {[w.allocation for w in mixed]}")
@@ -120,9 +121,7 @@ def select_expert(weights: tuple[Weight, ...], expert: jax.Array, function: Call
     def branch(s):
         def with_width(slot):
             one = [
-                jax.tree.map(lambda leaf: leaf[slot], w.stacks[s])
-                if isinstance(w, MixedPlanes)
-                else jax.tree.map(lambda leaf: leaf[expert], w)
+                _at(w.stacks[s], slot) if isinstance(w, MixedPlanes) else _at(w, expert)
                 for w in weights
             ]
             return function(tuple(one))
@@ -131,7 +130,13 @@ def select_expert(weights: tuple[Weight, ...], expert: jax.Array, function: Call
 
     stack, slot = jnp.asarray(place).T
     branches = [branch(s) for s in range(len(mixed[0].stacks))]
-    return lax.switch(stack[expert], branches, slot[expert])
+    return lax.switch(_at(stack, expert), branches, _at(slot, expert))
+
+
+def _at(tree: Any, i: jax.Array) -> Any:
+    """Entry i >= 0 of the first axis of every array."""
+    index = partial(lax.dynamic_index_in_dim, keepdims=False, allow_negative_indices=False)
+    return jax.tree.map(lambda leaf: index(leaf, i), tree)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -60,10 +60,7 @@ tiled_dot.defvjp(_forward, backward)
 
 
 def _over_tiles(planes: BitPlanes, visit: Callable, carry: Any) -> Any:
-    """Folds ``visit(start, dequantised tile, carry)`` over tiles of output features.
-
-    The last tile overlaps the one before it where tiles do not divide d_out.
-    """
+    """Folds ``visit(start, dequantised tile, carry)`` over tiles of output features."""
     d_out = planes.shape[-1]
     features = planes.planes.shape[-2] * planes.group_size
     count = -(-4 * features * d_out // TILE_BYTES)
@@ -71,21 +68,32 @@ def _over_tiles(planes: BitPlanes, visit: Callable, carry: Any) -> Any:
     if tile >= d_out:
         return visit(jnp.int32(0), planes.in_plane_order(), carry)
 
-    def start(i):
-        return jnp.minimum(i * tile, d_out - tile)
-
-    def cut(i):
-        s = start(i)
-        own = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, s, tile, a.ndim - 1), planes)
+    def cut(start):
+        own = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, tile, a.ndim - 1), planes)
         return own.planes, *tables_lib.decode(own.tables[-1], own.bits)
 
-    # The next tile is cut out a step ahead: as part of the carry it is a buffer of its own, where
-    # XLA would else fuse cutting and decoding into the unpacking of every bit.
+    def unpack(start, own, carry):
+        return visit(start, unpack_signs(*own), carry)
+
+    return fold_tiles(d_out, tile, cut, unpack, carry)
+
+
+def fold_tiles(length: int, tile: int, cut: Callable, visit: Callable, carry: Any) -> Any:
+    """Folds ``visit(start, cut(start), carry)`` over `length` in steps of `tile`.
+
+    The last tile overlaps the one before it where tiles do not divide `length`. Each is cut out a
+    step ahead: as part of the carry it is a buffer of its own, where XLA would else fuse the
+    cutting into all that is done with it.
+    """
+
+    def start(i):
+        return jnp.minimum(i * tile, length - tile)
+
     def step(i, carry):
         ready, carry = carry
-        return cut(i + 1), visit(start(i), unpack_signs(*ready), carry)
+        return cut(start(i + 1)), visit(start(i), ready, carry)
 
-    return lax.fori_loop(0, -(-d_out // tile), step, (cut(0), carry))[1]
+    return lax.fori_loop(0, -(-length // tile), step, (cut(start(0)), carry))[1]
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:
