@@ -21,14 +21,52 @@ from mcjax.checkpoint import MANIFEST
 from mcjax.convert import HuggingFaceFolder
 from mcjax.models.mixtral import Mixtral, empty_cache
 from mcjax.sampling import Sampling, sample
-from mcjax.speculate import Draft, Tally, self_draft
+from mcjax.speculate import Draft, Tally, hold_in_loop, self_draft
+
+PREFILL_CHUNK = 512
+"""Tokens of a prompt that are read at once, by which what a prefill holds is bounded."""
 
 
-@partial(jax.jit, static_argnames=("module", "sampling"), donate_argnames="cache")
-def prefill(module: Mixtral, params, tokens, length, cache, key, sampling: Sampling):
-    """Reads prompts int [B, T], padded at the end; returns their next tokens [B] and the cache."""
-    logits, cache = module.apply({"params": params}, tokens, None, cache, length, length - 1)
-    return sample(key, logits[:, 0], sampling), cache
+@partial(jax.jit, static_argnames=("module", "sampling", "chunk"), donate_argnames="cache")
+def prefill(
+    module: Mixtral, params, tokens, length, cache, key, sampling: Sampling, chunk=PREFILL_CHUNK
+):
+    """Reads prompts, `chunk` tokens at a time.
+
+    Args:
+      module: the model.
+      params: its parameters.
+      tokens: int [B, T], padded at the end.
+      length: int [B], tokens that are not padding.
+      cache: empty.
+      key: of the sampling.
+      sampling: how tokens are drawn.
+      chunk: most tokens at once; each chunk attends to those before it in the cache.
+
+    Returns:
+      The prompts' next tokens int32 [B], and the cache.
+    """
+    if tokens.shape[1] <= chunk:
+        logits, cache = module.apply({"params": params}, tokens, None, cache, length, length - 1)
+        return sample(key, logits[:, 0], sampling), cache
+    count = -(-tokens.shape[1] // chunk)
+    tokens = jnp.pad(tokens, ((0, 0), (0, count * chunk - tokens.shape[1])))
+
+    def read(carry, i):
+        cache, logits = carry
+        start = i * chunk
+        part = jax.lax.dynamic_slice_in_dim(tokens, start, chunk, axis=1)
+        part, held = hold_in_loop(part, params)
+        within = jnp.clip(length - start, 0, chunk)
+        last = jnp.clip(length - 1 - start, 0, chunk - 1)
+        positions = (start + jnp.arange(chunk))[None]
+        new, cache = module.apply({"params": held}, part, positions, cache, within, last)
+        ends = (within > 0) & (length <= start + chunk)
+        return (cache, jnp.where(ends[:, None], new[:, 0], logits)), None
+
+    logits = jnp.zeros((tokens.shape[0], module.config.vocab_size), module.dtype)
+    (cache, logits), _ = jax.lax.scan(read, (cache, logits), jnp.arange(count))
+    return sample(key, logits, sampling), cache
 
 
 @partial(jax.jit, static_argnames=("module", "sampling"), donate_argnames="cache")

@@ -93,6 +93,14 @@ def self_draft(model: Model, bits: int, length: int = 4) -> Draft:
     return Draft(module=module, params=params, length=length)
 
 
+def hold_in_loop(tokens: jax.Array, params: Any) -> tuple[jax.Array, Any]:
+    """Both as they are, but tied to this turn of a loop.
+
+    Else XLA dequantises the attention's weights of all layers before the loop and keeps them.
+    """
+    return jax.lax.optimization_barrier((tokens, params))
+
+
 def draft_tokens(
     draft: Mixtral,
     params: Any,
@@ -121,8 +129,7 @@ def draft_tokens(
 
     def write(carry, key):
         token, position, cache = carry
-        # Else XLA dequantises the attention's weights of all layers before the loop and keeps them.
-        token, held = jax.lax.optimization_barrier((token, params))
+        token, held = hold_in_loop(token, params)
         logits, cache = draft.apply({"params": held}, token[:, None], position[:, None], cache)
         drawn = sample(key, logits[:, 0], sampling)
         return (drawn, position + 1, cache), (drawn, logits[:, 0])

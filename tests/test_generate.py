@@ -1,5 +1,6 @@
 """Generation: the cache changes nothing, nor does a batch."""
 
+import dataclasses
 import json
 
 import jax
@@ -25,8 +26,6 @@ def dense(model_folder):
 
 @pytest.mark.parametrize("window", [None, 5])
 def test_cached_equals_full(dense, window):
-    import dataclasses
-
     module, params = dense
     module = module.clone(config=dataclasses.replace(module.config, sliding_window=window))
     tokens = np.random.default_rng(0).integers(0, 300, (2, 20))
@@ -40,6 +39,59 @@ def test_cached_equals_full(dense, window):
         parts.append(logits)
     np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, atol=2e-5)
     assert step._cache_size() == 2  # one prefill, one decoding step
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("chunk", [1, 4, 7])
+def test_prefill_in_chunks(dense, window, chunk):
+    module, params = dense
+    module = module.clone(config=dataclasses.replace(module.config, sliding_window=window))
+    tokens = np.random.default_rng(1).integers(0, 300, (3, 14))
+    length = jnp.array([14, 3, 8])
+    arguments = module, params, tokens, length
+    rest = jax.random.key(0), generate.Sampling()
+
+    def read(chunk):
+        return generate.prefill(*arguments, empty_cache(module.config, 3, 20), *rest, chunk)
+
+    (token, cache), (expected, whole) = read(chunk), read(14)
+    np.testing.assert_array_equal(token, expected)
+    for b, n in enumerate(length):  # slots of padding are overwritten before they are seen
+        for own, other in zip(jax.tree.leaves(cache), jax.tree.leaves(whole), strict=True):
+            np.testing.assert_allclose(own[b, :, :n], other[b, :, :n], atol=2e-5)
+
+
+def test_chunks_bound_what_a_prefill_holds(artifact):
+    model = mcjax.load(artifact, bits=2)
+    long = dataclasses.replace(model.module.config, max_position_embeddings=4096)
+    module, tokens = model.module.clone(config=long), np.zeros((1, 2048), np.int32)
+
+    def held(chunk):
+        cache = jax.eval_shape(lambda: empty_cache(long, 1, 2048))
+        arguments = module, model.params, tokens, jnp.array([2048]), cache, jax.random.key(0)
+        lowered = generate.prefill.lower(*arguments, generate.Sampling(), chunk)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    assert held(128) < held(2048) / 8
+
+
+def test_every_chunk_protects_a_token(artifact):
+    model = mcjax.load(artifact, bits=3, prune="affine", quantile=1.0)
+    tokens = np.random.default_rng(2).integers(0, 300, (1, 8))
+    cache = empty_cache(model.module.config, 1, 8)
+    kept = []
+    for start in (0, 4):
+        (_, cache), seen = model.module.apply(
+            {"params": model.params},
+            tokens[:, start : start + 4],
+            start + jnp.arange(4)[None],
+            cache,
+            jnp.array([4]),
+            mutable="odp",
+        )
+        kept += jax.tree.leaves(seen)
+    for keep in kept:  # bool [4, 2], of both layers and chunks
+        assert keep[:, 0].all() and keep[:, 1].sum() >= 1
 
 
 def test_greedy_is_the_full_forward_pass(artifact):

@@ -281,7 +281,7 @@ class Layer(nn.Module):
         """X [B, T, D] at positions int [B or 1, T] to [B, T, D] and the cache with them in it.
 
         `length` int [B] is the number of tokens that are not padding, None for all. `decoding`
-        tells that more tokens come before these, so that pruning protects none.
+        tells that these are no prompt's, so that pruning protects none.
         """
         c = self.config
         h = RMSNorm(c.rms_norm_eps, name="attention_norm")(x)
@@ -291,9 +291,10 @@ class Layer(nn.Module):
         y, weights, cache = attention(h, positions, cache)
         x = x + y
         protected = None
-        if self.prune is not None and x.shape[1] > 1 and not decoding:
-            seen = weights[..., : x.shape[1]]
-            protected = odp.protect(odp.token_importance(x, seen, length))
+        if self.prune is not None and not decoding:
+            first = 0 if cache is None else positions[0, 0]
+            among = jax.lax.dynamic_slice_in_dim(weights, first, x.shape[1], axis=-1)
+            protected = odp.protect(odp.token_importance(x, among, length))
         h = RMSNorm(c.rms_norm_eps, name="moe_norm")(x)
         moe = MoE(
             c, self.widths, self.group_size, self.act_bits, self.prune, self.draft, name="moe"
@@ -332,10 +333,12 @@ class Mixtral(nn.Module):
 
         Args:
           tokens: int [B, T].
-          positions: int [B or 1, T]; None counts from 0, as a prefill into a cache does. Tokens
-            at given positions are decoded: pruning protects none of them, however many they are.
+          positions: int [B or 1, T]; None counts from 0. Given without `length`, the tokens are
+            decoded, and pruning protects none of them, however many they are.
           cache: one `Cache` a layer, see `empty_cache`.
-          length: int [B], tokens that are not padding at the end; None for all.
+          length: int [B], how many of these tokens of a prompt are not padding at the end; None for
+            all. With positions int [1, T] that count on from a chunk of the prompt read before,
+            pruning protects the most important of each chunk.
           only: int [B], the one token of each sequence whose logits are wanted; None for all.
 
         Returns:
@@ -347,7 +350,7 @@ class Mixtral(nn.Module):
             "embedding", nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size)
         )
         x = embedding[tokens].astype(self.dtype)
-        decoding = positions is not None
+        decoding = positions is not None and length is None
         if positions is None:
             positions = jnp.arange(tokens.shape[1])[None]
         caches = []
