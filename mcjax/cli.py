@@ -195,7 +195,8 @@ def _parser() -> argparse.ArgumentParser:
         "--draft-bits",
         type=int,
         metavar="K",
-        help="draft tokens with K planes of each expert, all verify them (artifacts only)",
+        help="draft tokens with K planes of each expert, on CPU with int8 activations; the model "
+        "as it is verifies them, so the text stays the same (artifacts only)",
     )
     generate.add_argument(
         "--draft-length", type=int, metavar="N", help="tokens to draft at a time (default 4)"

@@ -1,9 +1,10 @@
 """Self-speculative decoding: the first planes of the weights draft, all of them verify.
 
-A narrow reading of the model writes a few tokens one by one; the full reading then scores them all
+A cheap reading of the model writes a few tokens one by one; the full reading then scores them all
 in one forward pass and keeps as many as it would have written itself (arXiv 2211.17192, arXiv
 2302.01318). The draft is no second model: it reads fewer planes of the very same arrays, and needs
-only its width's tables beside them.
+only its width's tables beside them. On CPU it also rounds activations to int8, so that it counts
+bits where the model dequantises; that alone may be draft enough, with all planes.
 
 Both passes share one key-value cache. Drafting puts its keys and values into the slots after the
 verified tokens, and verification overwrites every one of them. Slots of rejected tokens stay until
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 
 from mcjax import checkpoint
 from mcjax.models.mixtral import Cache, Mixtral
+from mcjax.ops import choice
 from mcjax.sampling import Sampling, filter_logits, sample
 from mcjax.serving import Model
 
@@ -61,7 +63,8 @@ class Tally:
 def self_draft(model: Model, bits: int, length: int = 4) -> Draft:
     """A model's own first planes as its draft, at ``min(bits, width)`` of each expert.
 
-    Reads the tables of that width from the artifact and nothing else.
+    Reads the tables of that width from the artifact and nothing else. On CPU the draft rounds its
+    activations to int8, whether the model does or not.
 
     Args:
       model: as served; it stays as it is.
@@ -72,14 +75,16 @@ def self_draft(model: Model, bits: int, length: int = 4) -> Draft:
       A draft whose parameters are the model's arrays and those tables.
 
     Raises:
-      ValueError: if `bits` is not a width of the artifact below the widest expert's, or the length
-        is below 1.
+      ValueError: if `bits` is not a width of the artifact, or not below the widest expert's where
+        the draft would differ in nothing else, or the length is below 1.
     """
     reader = checkpoint.ArtifactReader(model.path, "model")
     stored = tuple(reader.manifest["statistics"]["bits"])
     if bits not in stored:
         raise ValueError(f"draft bits {bits} is not one of this artifact's widths {stored}")
-    if bits >= (widest := int(model.allocation.max())):
+    act_bits = choice.draft_act_bits(jax.default_backend(), model.module.act_bits)
+    widest = int(model.allocation.max())
+    if bits >= widest and act_bits == model.module.act_bits:
         raise ValueError(
             f"draft bits {bits} must be below the widest expert's {widest} bits: "
             "the draft would be the model itself"
@@ -89,7 +94,7 @@ def self_draft(model: Model, bits: int, length: int = 4) -> Draft:
         layer = params[f"layer_{i}"]
         experts = checkpoint.read_draft_tables(reader, i, layer["moe"]["experts"], bits)
         params[f"layer_{i}"] = {**layer, "moe": {**layer["moe"], "experts": experts}}
-    module = model.module.clone(planes=replace(model.spec, draft=bits))
+    module = model.module.clone(planes=replace(model.spec, draft=bits), act_bits=act_bits)
     return Draft(module=module, params=params, length=length)
 
 

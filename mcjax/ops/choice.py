@@ -60,3 +60,13 @@ def expert_rows(rows: int, experts: int, act_bits: int | None) -> int:
         return 1 << (share - 1).bit_length()
     blocks = -(-share // EXPERT_ROWS)
     return min(rows, -(-9 * share // (8 * 32 * blocks)) * 32)
+
+
+def draft_act_bits(platform: str, act_bits: int | None) -> int | None:
+    """`act_bits` of tokens that are drafted for verification: int8 where that is much the quicker.
+
+    Args:
+      platform: as in `product`.
+      act_bits: of the model that verifies.
+    """
+    return 8 if platform == "cpu" else act_bits
