@@ -12,6 +12,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mcjax import bitplane, serving
+from mcjax import tables as tables_lib
 from mcjax.bitplane import BitPlanes
 from mcjax.compress import compress
 from mcjax.convert import HuggingFaceFolder
@@ -147,17 +149,21 @@ def timed(
 
 
 def random_planes(key: jax.Array, shape: tuple[int, ...], bits: int) -> BitPlanes:
-    """Planes of random bits with tables of random steps around those of trained weights."""
-    like = bitplane.empty(shape, bits)
-    of_bits, of_tables = jax.random.split(key)
-    table = jax.random.randint(of_tables, like.tables[0].shape, 88, 120)
-    return BitPlanes(
-        planes=jax.random.bits(of_bits, like.planes.shape, jnp.uint32),
-        tables=(table.astype(jnp.uint8),),
-        widths=like.widths,
-        d_in=like.d_in,
-        group_size=like.group_size,
-    )
+    """Planes of random bits with steps about those of Gaussian weights of variance 1 / d_in."""
+    seed = int(jax.random.bits(key, (), jnp.uint32))
+    return _fill(np.random.default_rng(seed), bitplane.empty(shape, bits))
+
+
+def _fill(rng: np.random.Generator, like: BitPlanes) -> BitPlanes:
+    steps, rows = tables_lib.num_steps(like.bits), like.tables[0].shape[-3]
+    plane = np.arange(steps)
+    size = 0.8 * like.d_in**-0.5 * 2.0**-plane if steps == like.bits else [like.d_in**-0.5]
+    codes, _ = tables_lib.round_step(jnp.asarray(size, jnp.float32))
+    middle = np.full(rows, 128)  # offsets about 0
+    middle[:steps] = codes
+    table = rng.integers(-4, 5, like.tables[0].shape) + middle[:, None, None]
+    bits = rng.integers(0, 1 << 32, like.planes.shape, np.uint32)
+    return replace(like, planes=jnp.asarray(bits), tables=(jnp.asarray(table.astype(np.uint8)),))
 
 
 def products(
@@ -268,16 +274,17 @@ def _random_params(module: Mixtral, dtype: Any) -> Any:
     def fill(path, leaf):
         name = jax.tree_util.keystr(path)
         rng = np.random.default_rng(zlib.crc32(name.encode()))
-        if leaf.dtype == jnp.uint32:
-            return jnp.asarray(rng.integers(0, 1 << 32, leaf.shape, np.uint32))
-        if leaf.dtype == jnp.uint8:
-            return jnp.asarray(rng.integers(60, 80, leaf.shape, np.uint8))
+        if isinstance(leaf, BitPlanes):
+            return _fill(rng, leaf)
         if name.endswith("['scale']"):
             return jnp.asarray(np.ones(leaf.shape, dtype))
-        values = rng.standard_normal(leaf.shape, np.float32) * leaf.shape[-1] ** -0.5
+        d_in = leaf.shape[-1 if name in ("['embedding']", "['head']") else -2]
+        values = rng.standard_normal(leaf.shape, np.float32) * d_in**-0.5
         return jnp.asarray(values.astype(dtype))
 
-    return jax.tree_util.tree_map_with_path(fill, like)
+    return jax.tree_util.tree_map_with_path(
+        fill, like, is_leaf=lambda leaf: isinstance(leaf, BitPlanes)
+    )
 
 
 def decoding(
