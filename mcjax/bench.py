@@ -242,11 +242,15 @@ def experts(repeats: int) -> list[dict[str, Any]]:
     return timed(candidates, repeats)
 
 
-def served_moe(act_bits: int | None = 8, config: MixtralConfig = MOE) -> tuple[Mixtral, Any]:
-    """`config` from planes of random bits, half of its experts a bit above and half below `BUDGET`.
+def served_moe(
+    act_bits: int | None = 8, config: MixtralConfig | None = None
+) -> tuple[Mixtral, Any]:
+    """`config`, or `MOE`, from planes of random bits.
 
-    What is not in planes is bfloat16, as in an artifact.
+    Half of its experts are a bit above and half a bit below `BUDGET`. What is not in planes is
+    bfloat16, as in an artifact.
     """
+    config = config or MOE
     per_layer = (BUDGET + 1, BUDGET - 1) * (config.num_local_experts // 2)
     spec = PlaneSpec(allocation=(per_layer,) * config.num_hidden_layers, attention=4)
     module = Mixtral(config, planes=spec, act_bits=act_bits)

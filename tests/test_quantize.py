@@ -50,7 +50,8 @@ def test_feedback_pass_equals_its_transcription():
     w, x = problem(64, 4)
     gram, widths, lambdas = condition(x.T @ x), (1, 2, 3), np.array([1.0, 3.0, 9.0])
     _, tables = nested.initial_tables(w, jnp.diagonal(gram), widths, jnp.asarray(lambdas), 32)
-    got = np.asarray(nested.feedback_pass(w, gram, tables, widths, jnp.asarray(lambdas), 32))
+    factor = nested.inverse_factor(gram)
+    got = np.asarray(nested.feedback_pass(w, factor, tables, widths, jnp.asarray(lambdas), 32))
 
     factor = np.linalg.cholesky(np.linalg.inv(np.asarray(gram, np.float64))).T
     copies = np.repeat(np.asarray(w, np.float64)[None], 3, axis=0)
@@ -221,3 +222,34 @@ def test_bad_weights():
         mcjax.quantize(jnp.full((64, 4), 1e6))
     with pytest.raises(ValueError, match="must be float"):
         mcjax.quantize(jnp.ones((64, 4), int))
+
+
+@pytest.mark.parametrize("chunk", [1, 64 * 5, 64 * 24 * 2])
+def test_chunks_change_nothing(chunk):
+    problems = [problem(64, 24, seed=seed) for seed in range(3)]
+    w = jnp.stack([w for w, _ in problems])
+    gram = jnp.stack([x.T @ x for _, x in problems])
+    whole = mcjax.quantize(w, 2, 32, gram, sweeps=2)
+    parts = mcjax.quantize(w, 2, 32, gram, sweeps=2, chunk=chunk)
+    # Sums in another order may move a choice between two codes as good.
+    assert np.mean(np.asarray(whole.planes) != parts.planes) < 0.01
+    for k in (1, 2):
+        a, b = whole.slice(k).dequantize(), parts.slice(k).dequantize()
+        for e, (w_e, x) in enumerate(problems):
+            np.testing.assert_allclose(error(w_e, x, a[e]), error(w_e, x, b[e]), rtol=1e-3)
+
+
+def test_chunks_bound_the_memory():
+    shape = jax.ShapeDtypeStruct((8, 64, 512), jnp.float32)
+    gram = jax.ShapeDtypeStruct((8, 64, 64), jnp.float32)
+
+    def held(chunk):
+        function = jax.jit(lambda w, g: mcjax.quantize(w, 2, 32, g, chunk=chunk))
+        return function.lower(shape, gram).compile().memory_analysis().temp_size_in_bytes
+
+    assert held(64 * 128) < held(64 * 512 * 8) / 4
+
+
+def test_a_chunk_must_hold_a_weight():
+    with pytest.raises(ValueError, match="at least 1 weight, got 0"):
+        mcjax.quantize(jnp.ones((32, 4)), chunk=0)

@@ -14,6 +14,9 @@ from mcjax.quantize import gram as gram_lib
 from mcjax.quantize.nested import quantize_matrix
 from mcjax.tables import MAX_MAGNITUDE
 
+CHUNK = 1 << 24
+"""Weights that are quantised at once: some 2 GB of working memory at four widths."""
+
 
 def quantize(
     w: jax.Array,
@@ -25,6 +28,7 @@ def quantize(
     weights: Sequence[float] | None = None,
     damping: float = 0.03,
     sweeps: int = 6,
+    chunk: int = CHUNK,
 ) -> BitPlanes:
     """Quantises a weight once, for every width up to `bits`.
 
@@ -39,6 +43,8 @@ def quantize(
       weights: lambda_k, how much each width's error counts; by default 4**(k - 1).
       damping: fraction of the Gram matrix's mean diagonal added to its diagonal.
       sweeps: rounds of coordinate descent after the GPTQ pass.
+      chunk: most weights that are worked on at once, which bounds the memory and changes nothing
+        else: as many experts as that makes, or a part of one's output features.
 
     Returns:
       `BitPlanes` of logical shape [..., d_in, d_out] with a table for each of `widths`.
@@ -59,6 +65,8 @@ def quantize(
     d_in = w.shape[-2]
     if gram is not None and gram.shape != (*w.shape[:-1], d_in):
         raise ValueError(f"gram {gram.shape} does not fit w {w.shape}: want [..., d_in, d_in]")
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1 weight, got {chunk}")
     group_size = resolve_group_size(d_in, group_size)
     _check_values("w", w, MAX_MAGNITUDE)
     if gram is not None:
@@ -71,22 +79,34 @@ def quantize(
         group_size=group_size,
         damping=damping,
         sweeps=sweeps,
+        chunk=chunk,
     )
 
 
-@partial(jax.jit, static_argnames=("widths", "weights", "group_size", "sweeps"))
-def _quantize(w, gram, *, widths, weights, group_size, damping, sweeps):
+@partial(jax.jit, static_argnames=("widths", "weights", "group_size", "sweeps", "chunk"))
+def _quantize(w, gram, *, widths, weights, group_size, damping, sweeps, chunk):
     d_in = w.shape[-2]
     extra = padded(d_in) - d_in
     w = jnp.pad(w.astype(jnp.float32), [(0, 0)] * (w.ndim - 2) + [(0, extra), (0, 0)])
     if gram is not None:
         gram = gram_lib.pad(gram_lib.condition(gram, damping), padded(d_in))
-    one = partial(
-        quantize_matrix, widths=widths, weights=weights, group_size=group_size, sweeps=sweeps
-    )
-    for _ in range(w.ndim - 2):
-        one = jax.vmap(one)
-    codes, tables = one(w, gram)
+    leading, d_out = w.shape[:-2], w.shape[-1]
+    w, gram = jax.tree.map(lambda a: a.reshape(-1, *a.shape[-2:]), (w, gram))
+    columns = min(d_out, max(1, chunk // w.shape[-2]))
+
+    def one(matrix):
+        return quantize_matrix(
+            *matrix,
+            widths=widths,
+            weights=weights,
+            group_size=group_size,
+            sweeps=sweeps,
+            columns=columns,
+        )
+
+    at_once = max(1, chunk // (w.shape[-2] * d_out))
+    codes, tables = jax.lax.map(one, (w, gram), batch_size=min(at_once, len(w)))
+    codes, tables = jax.tree.map(lambda a: a.reshape(*leading, *a.shape[1:]), (codes, tables))
     return BitPlanes(
         planes=pack(codes, widths[-1], group_size),
         tables=tables,

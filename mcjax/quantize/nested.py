@@ -25,7 +25,7 @@ from jax import lax
 from mcjax import tables as tables_lib
 
 
-def quantize_matrix(w, gram, *, widths, weights, group_size, sweeps):
+def quantize_matrix(w, gram, *, widths, weights, group_size, sweeps, columns):
     """One matrix to a nested code and its tables.
 
     Args:
@@ -35,17 +35,33 @@ def quantize_matrix(w, gram, *, widths, weights, group_size, sweeps):
       weights: lambda_k, one for each width.
       group_size: input features that share a table entry.
       sweeps: rounds of descent.
+      columns: output features at once; each is quantised by itself.
 
     Returns:
       uint8 codes [d_in, d_out] and, for each width, a uint8 table [rows_k, groups, d_out].
     """
     lambdas = jnp.asarray(weights, jnp.float32)
     diagonal = jnp.ones(w.shape[0]) if gram is None else jnp.diagonal(gram)
-    codes, tables = initial_tables(w, diagonal, widths, lambdas, group_size)
-    if gram is not None:
-        codes = feedback_pass(w, gram, tables, widths, lambdas, group_size)
-        codes, tables = descend(w, gram, codes, tables, widths, lambdas, group_size, sweeps)
-    return codes.astype(jnp.uint8), tuple(jnp.swapaxes(t, 0, 1) for t in tables)
+    factor = None if gram is None else inverse_factor(gram)
+
+    def some(w):
+        codes, tables = initial_tables(w, diagonal, widths, lambdas, group_size)
+        if gram is not None:
+            codes = feedback_pass(w, factor, tables, widths, lambdas, group_size)
+            codes, tables = descend(w, gram, codes, tables, widths, lambdas, group_size, sweeps)
+        return codes.astype(jnp.uint8), tuple(jnp.swapaxes(t, 0, 1) for t in tables)
+
+    d_out = w.shape[1]
+    if columns >= d_out:
+        return some(w)
+    blocks = -(-d_out // columns)
+    w = jnp.pad(w, ((0, 0), (0, blocks * columns - d_out)))
+    each = jnp.moveaxis(w.reshape(-1, blocks, columns), 1, 0)
+
+    def join(a):
+        return jnp.moveaxis(a, 0, -2).reshape(*a.shape[1:-1], -1)[..., :d_out]
+
+    return jax.tree.map(join, lax.map(some, each))
 
 
 def initial_tables(w, diagonal, widths, lambdas, group_size, rounds=8):
@@ -89,12 +105,12 @@ def initial_tables(w, diagonal, widths, lambdas, group_size, rounds=8):
     return codes.reshape(-1, d_out), tables
 
 
-def feedback_pass(w, gram, tables, widths, lambdas, group_size):
+def feedback_pass(w, factor, tables, widths, lambdas, group_size):
     """GPTQ's pass over the input features, each width feeding its own error forward.
 
     Args:
       w: float32 [d_in, d_out].
-      gram: float32 [d_in, d_in], positive definite.
+      factor: float32 [d_in, d_in], `inverse_factor` of the Gram matrix.
       tables: from `initial_tables`; they stay as they are.
       widths: as in `quantize_matrix`.
       lambdas: float32 [len(widths)].
@@ -104,7 +120,6 @@ def feedback_pass(w, gram, tables, widths, lambdas, group_size):
       int32 codes [d_in, d_out].
     """
     d_in, d_out = w.shape
-    factor = inverse_factor(gram)
 
     def one_group(state, g):
         copies = state  # [widths, d_in, d_out]
