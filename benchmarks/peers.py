@@ -167,9 +167,10 @@ def hold(what):
 
     def resident():
         gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # what making random weights took and gave back
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
+        ctypes.CDLL(None).malloc_trim(0)  # what was given back
+        # Less what files lend, whose pages come and go with the machine's load.
+        pages, of_files = map(int, Path("/proc/self/statm").read_text().split()[1:3])
+        return (pages - of_files) * os.sysconf("SC_PAGE_SIZE")
 
     jax.block_until_ready(jax.jit(jnp.add)(1.0, 2.0))
     if what != HELD[0]:
@@ -177,6 +178,7 @@ def hold(what):
         if what == "dense bfloat16":
             module = module.clone(dtype=jnp.bfloat16)
             params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
+        jax.clear_caches()  # of making random weights
         bench.write_tokens(module, params, 8).block_until_ready()
     whole = resident()
     jax.clear_caches()

@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
 from mcjax import bitplane, serving
 from mcjax import tables as tables_lib
@@ -254,13 +255,13 @@ def served_moe(
     per_layer = (BUDGET + 1, BUDGET - 1) * (config.num_local_experts // 2)
     spec = PlaneSpec(allocation=(per_layer,) * config.num_hidden_layers, attention=4)
     module = Mixtral(config, planes=spec, act_bits=act_bits)
-    return module, _random_params(module, jnp.bfloat16)
+    return module, random_params(module, _TOKENS, jnp.bfloat16)
 
 
 def dense_moe() -> tuple[Mixtral, Any]:
     """`MOE` with dense random weights, each routed expert a product of its own."""
     module = Mixtral(MOE)
-    return module, _random_params(module, jnp.float32)
+    return module, random_params(module, _TOKENS, jnp.float32)
 
 
 def _models() -> dict[str, tuple[Mixtral, Any]]:
@@ -271,9 +272,12 @@ def _models() -> dict[str, tuple[Mixtral, Any]]:
     }
 
 
-def _random_params(module: Mixtral, dtype: Any) -> Any:
-    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    like = jax.eval_shape(module.init, jax.random.key(0), tokens)["params"]
+_TOKENS = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+
+
+def random_params(module: nn.Module, inputs: jax.ShapeDtypeStruct, dtype: Any) -> Any:
+    """Parameters of a module of the given inputs: random planes and, in `dtype`, random arrays."""
+    like = jax.eval_shape(module.init, jax.random.key(0), inputs)["params"]
 
     def fill(path, leaf):
         name = jax.tree_util.keystr(path)
