@@ -32,7 +32,7 @@ def draw(facts, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(6, 4.4), layout="constrained")
     tokens = sorted({row["tokens"] for row in facts["products"]})
     for act in (", int8 activations", ""):
         for i, count in enumerate(tokens):
@@ -54,7 +54,7 @@ def draw(facts, path):
     )
     axis.set_yscale("log", base=2)
     axis.yaxis.set_major_formatter("{x:g}")
-    axis.legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     axis.set_title(f"4096 x 14336 on {facts['machine']['processor']}")
     figure.savefig(path, dpi=120)
     plt.close(figure)

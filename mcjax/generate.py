@@ -45,7 +45,12 @@ def prefill(
 
     Returns:
       The prompts' next tokens int32 [B], and the cache.
+
+    Raises:
+      ValueError: if `chunk` is less than 1.
     """
+    if chunk < 1:
+        raise ValueError(f"a prefill's chunk must be at least 1 token, got {chunk}")
     if tokens.shape[1] <= chunk:
         logits, cache = module.apply({"params": params}, tokens, None, cache, length, length - 1)
         return sample(key, logits[:, 0], sampling), cache

@@ -75,6 +75,14 @@ def test_chunks_bound_what_a_prefill_holds(artifact):
     assert held(128) < held(2048) / 8
 
 
+def test_a_chunk_must_hold_a_token(dense):
+    module, params = dense
+    arguments = module, params, np.zeros((1, 3), int), jnp.array([3])
+    cache = empty_cache(module.config, 1, 4)
+    with pytest.raises(ValueError, match="at least 1 token, got 0"):
+        generate.prefill(*arguments, cache, jax.random.key(0), generate.Sampling(), 0)
+
+
 def test_every_chunk_protects_a_token(artifact):
     model = mcjax.load(artifact, bits=3, prune="affine", quantile=1.0)
     tokens = np.random.default_rng(2).integers(0, 300, (1, 8))

@@ -123,6 +123,7 @@ def test_choice():
     assert choice.expert_rows(2, 8, None) == 2
     assert choice.expert_rows(1024, 8, 8) == choice.expert_rows(1024, 8, None) == 160
     assert choice.expert_rows(4096, 8, None) == 192
+    assert choice.draft_act_bits("cpu", None) == 8 and choice.draft_act_bits("gpu", None) is None
     planes = mcjax.quantize(weights(64, 6), bits=2)
     with pytest.raises(ValueError, match="'lookup'"):
         mcjax.dot(weights(3, 64), planes, product="lookup")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -9,7 +11,6 @@ from jax import lax
 from mcjax.ops.tiled import TILE_BYTES, fold_tiles
 
 
-@jax.custom_vjp
 def narrow_dot(x: jax.Array, weight: jax.Array) -> jax.Array:
     """X [N, d_in] times the transpose of a weight [d_out, d_in], in x's dtype: [N, d_out].
 
@@ -17,10 +18,17 @@ def narrow_dot(x: jax.Array, weight: jax.Array) -> jax.Array:
     would be written out for every product; one row is widened as it is read.
     """
     d_out, d_in = weight.shape
-    tile = TILE_BYTES // (4 * d_in)
     narrow = (x.dtype, weight.dtype) == (jnp.float32, jnp.bfloat16)
-    if jax.default_backend() != "cpu" or not narrow or len(x) == 1 or not 0 < tile < d_out:
-        return x @ weight.T.astype(x.dtype)
+    if jax.default_backend() == "cpu" and narrow and len(x) > 1 and 4 * d_in <= TILE_BYTES:
+        tile = TILE_BYTES // (4 * d_in)
+        if tile < d_out:
+            return _by_tiles(tile, x, weight)
+    return x @ weight.T.astype(x.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _by_tiles(tile, x, weight):
+    d_out = len(weight)
     # As integers: XLA on CPU would widen bfloat16 before cutting it, and so the whole of it. That
     # copies the weight, at half the bytes and a third of the time.
     halves = lax.bitcast_convert_type(weight, jnp.uint16)
@@ -35,13 +43,13 @@ def narrow_dot(x: jax.Array, weight: jax.Array) -> jax.Array:
     return fold_tiles(d_out, tile, cut, visit, jnp.zeros((len(x), d_out), x.dtype))
 
 
-def _forward(x, weight):
-    return narrow_dot(x, weight), (x, weight)
+def _forward(tile, x, weight):
+    return _by_tiles(tile, x, weight), (x, weight)
 
 
-def _backward(residuals, cotangent):
+def _backward(tile, residuals, cotangent):
     x, weight = residuals
     return cotangent @ weight.astype(x.dtype), (cotangent.T @ x).astype(weight.dtype)
 
 
-narrow_dot.defvjp(_forward, _backward)
+_by_tiles.defvjp(_forward, _backward)

@@ -62,7 +62,7 @@ def popcount_dot(x: jax.Array, planes: BitPlanes) -> jax.Array:
     if last < bits - 1:  # uniform
         alpha = alpha * tables_lib.basis(bits)[0, :, None, None]
 
-    # Array axes rather than sums written out: a tenth of the program, and no slower.
+    # Array axes rather than sums written out: a third of the program, and no slower.
     def one_row(i, row, y):
         activation, total = row
         count: Any = 0
@@ -72,8 +72,8 @@ def popcount_dot(x: jax.Array, planes: BitPlanes) -> jax.Array:
         count = jnp.sum(count.astype(jnp.int32) * _TWICE_PLACE, axis=1).astype(jnp.float32)
         each = alpha * (count + relative * total[0, :, None])
         # A sum by a product with ones leaves all of the above one fused pass on CPU.
-        row = jnp.ones((1, bits * groups)) @ each.reshape(bits * groups, -1)
-        return jax.lax.dynamic_update_slice(y, row, (i, 0))
+        each, ones = each.reshape(bits * groups, -1), jnp.ones((1, bits * groups))
+        return jax.lax.dynamic_update_slice(y, jnp.dot(ones, each, precision="highest"), (i, 0))
 
     rows = activation, total
 
