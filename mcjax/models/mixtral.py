@@ -55,7 +55,7 @@ class Cache(NamedTuple):
 
     Attributes:
       keys: [B, KV, S, head_dim], S the longest sequence. Heads come first, as attention multiplies
-        them; else every step would transpose the whole cache.
+        them, so that no step transposes the values of the whole cache.
       values: likewise.
     """
 

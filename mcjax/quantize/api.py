@@ -15,7 +15,7 @@ from mcjax.quantize.nested import quantize_matrix
 from mcjax.tables import MAX_MAGNITUDE
 
 CHUNK = 1 << 24
-"""Weights that are quantised at once: some 2 GB of working memory at four widths."""
+"""Weights that are quantised at once: by estimate 2 GB of working memory at four widths."""
 
 
 def quantize(
