@@ -28,17 +28,50 @@ WIDTHS = (3, 2, 2, 2, 2, 2, 2, 2)
 """Bits of the experts: 2.125 on average, the fewest above 2.05 that eight experts can have."""
 
 
+CHUNK = 1 << 27
+"""Weights that are quantised at once; what that takes is no trouble to 80 GB."""
+
+STEPS = {1: 64, 16: 16, 2048: 4}
+"""Blocks in a row that one measurement runs, as a model's layers would follow each other."""
+
+
 def models(config):
     """The block dense in bfloat16 and from planes: modules and parameters by name."""
     dense, planes = MoE(config), MoE(config, WIDTHS)
     rounded = MoE(config, WIDTHS, act_bits=8)
     x = jax.ShapeDtypeStruct((1, 1, config.hidden_size), jnp.bfloat16)
     params = bench.random_params(planes, x, jnp.bfloat16)
+    experts = {}
+    for name, shape in jax.eval_shape(dense.init, jax.random.key(0), x)["params"][
+        "experts"
+    ].items():
+        key = jax.random.key(len(experts))
+        values = jax.random.normal(key, shape.shape, jnp.bfloat16) * shape.shape[1] ** -0.5
+        experts[name] = values.astype(jnp.bfloat16)
     return {
-        "mcjax dense bfloat16": (dense, bench.random_params(dense, x, jnp.bfloat16)),
+        "mcjax dense bfloat16": (dense, {"router": params["router"], "experts": experts}),
         "mcjax 2.125 bits": (planes, params),
         "mcjax 2.125 bits, int8 activations": (rounded, params),
     }
+
+
+def repeated(block, steps):
+    """`steps` blocks of a model in one program, and what the first of them gave.
+
+    Each adds to the stream, which is then normalised.
+    """
+
+    def run(params, x):
+        def step(i, carry):
+            x, first = carry
+            y = block(params, x)
+            x = x.astype(jnp.float32) + y.astype(jnp.float32)
+            x = x * jax.lax.rsqrt(jnp.mean(x**2, -1, keepdims=True))
+            return x.astype(y.dtype), jnp.where(i == 0, y, first)
+
+        return jax.lax.fori_loop(0, steps, step, (x, jnp.zeros_like(x)))
+
+    return jax.jit(run)
 
 
 def gathered(params, x):
@@ -73,37 +106,69 @@ def _route(params, tokens):
     return weights / jnp.sum(weights, axis=-1, keepdims=True), index
 
 
-def torch_layers(params, x, device):
-    """One token's two experts by torch in bfloat16, and by bitsandbytes and HQQ at 4 and 2 bits."""
+def torch_layers(params, x, steps):
+    """The block by torch in bfloat16, by bitsandbytes at 4 bits and by HQQ at 4 and 2 bits.
+
+    Which rows go to which expert is settled beforehand, and on a GPU all is replayed as a graph.
+    """
     if not importlib.util.find_spec("torch"):
         return {}
     import torch
 
-    weights, index = _route(params, x.reshape(-1, x.shape[-1]))
-    rows = torch.from_numpy(np.array(x.astype(jnp.float32))).reshape(-1, x.shape[-1])
-    rows = rows.to(device, torch.bfloat16)
-    scale = torch.from_numpy(np.array(weights)).to(device, torch.bfloat16)
+    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+
+    def tensor(array, kind=torch.bfloat16):
+        return torch.from_numpy(np.array(array.astype(jnp.float32))).to(device, kind)
+
+    rows = tensor(x).reshape(-1, x.shape[-1])
+    weights, index = (np.asarray(a) for a in _route(params, x.reshape(-1, x.shape[-1])))
+    routed = {}
+    for expert in np.unique(index):
+        token, rank = np.nonzero(index == expert)
+        scale = torch.from_numpy(weights[token, rank].copy())[:, None].to(device, torch.bfloat16)
+        routed[int(expert)] = torch.from_numpy(token).to(device), scale
 
     def linear(array):
-        layer = torch.nn.Linear(array.shape[0], array.shape[1], bias=False)
-        layer.weight.data = torch.from_numpy(np.array(array.astype(jnp.float32)).T.copy())
-        return layer.bfloat16().to(device)
+        layer = torch.nn.Linear(*array.shape, bias=False, device="meta")
+        layer.weight = torch.nn.Parameter(tensor(array).T.contiguous(), requires_grad=False)
+        return layer
 
-    def run(experts):
-        y = 0
-        for i, (gate, up, down) in enumerate(experts):
-            hidden = torch.nn.functional.silu(gate(rows)) * up(rows)
-            y = y + down(hidden) * scale[:, i : i + 1]
-        return float(y[0, 0])
+    def runner(wrap):
+        names = ("gate", "up", "down")
+        experts = {e: [wrap(linear(params["experts"][name][e])) for name in names] for e in routed}
 
-    def make(wrap):
+        def one():
+            y = torch.zeros_like(rows)
+            for e, (token, scale) in routed.items():
+                gate, up, down = experts[e]
+                own = rows[token]
+                hidden = torch.nn.functional.silu(gate(own)) * up(own)
+                y.index_add_(0, token, down(hidden) * scale)
+            return y
+
+        def wait(y):
+            return float(y[0, 0])
+
         with torch.no_grad():
-            return [
-                [wrap(linear(params["experts"][n][int(e)])) for n in ("gate", "up", "down")]
-                for e in np.asarray(index[0])
-            ]
+            one()
+            if device == "cpu":
+                return lambda: [wait(one()) for _ in range(steps)]
+            stream = torch.cuda.Stream()
+            with torch.cuda.stream(stream):
+                one()
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                y = one()
 
-    found = {"torch bfloat16": partial(run, make(lambda layer: layer))}
+        def replay():
+            for _ in range(steps):
+                graph.replay()
+            return wait(y)
+
+        return replay
+
+    found = {"torch bfloat16": runner(lambda layer: layer)}
     if importlib.util.find_spec("bitsandbytes"):
         import bitsandbytes
 
@@ -114,7 +179,7 @@ def torch_layers(params, x, device):
             new.load_state_dict(layer.state_dict())
             return new.to(device)
 
-        found["bitsandbytes 4 bits"] = partial(run, make(four_bits))
+        found["bitsandbytes 4 bits"] = runner(four_bits)
     if importlib.util.find_spec("hqq"):
         from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
@@ -123,93 +188,113 @@ def torch_layers(params, x, device):
             wrap = partial(
                 HQQLinear, quant_config=settings, compute_dtype=torch.bfloat16, device=device
             )
-            found[f"HQQ {bits} bits"] = partial(run, make(wrap))
+            found[f"HQQ {bits} bits"] = runner(wrap)
     return found
+
+
+def exact(params, x):
+    """The block with dequantised float32 weights, every product at the highest precision."""
+    tokens = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    weights, index = _route(params, x.reshape(-1, x.shape[-1]))
+    multiply = partial(jnp.dot, precision="highest")
+    y = jnp.zeros_like(tokens)
+    for expert in np.unique(np.asarray(index)):
+        gate, up, down = (
+            _expert(params["experts"][name], expert) for name in ("gate", "up", "down")
+        )
+        hidden = jax.nn.silu(multiply(tokens, gate)) * multiply(tokens, up)
+        share = jnp.sum(jnp.where(index == expert, weights, 0), axis=1, keepdims=True)
+        y = y + multiply(hidden, down) * share
+    return np.asarray(y.reshape(x.shape))
+
+
+def _expert(weight, expert):
+    if isinstance(weight, jax.Array):
+        return weight[expert].astype(jnp.float32)
+    stack, slot = weight.location[expert]
+    return jax.tree.map(lambda a: a[slot], weight.stacks[stack]).dequantize()
 
 
 def layers(config, repeats, bandwidth):
     """Rows for 1, 16 and 2048 tokens, with the roofline of reading the routed experts once."""
     every = models(config)
-    dense = every["mcjax dense bfloat16"][1]
+    dense, served = every["mcjax dense bfloat16"][1], every["mcjax 2.125 bits"][1]
     key, rows = jax.random.key(0), []
     size = {
-        name: [
-            sum(jax.tree.leaves(jax.tree.map(lambda a: a.nbytes / len(a), stack)))
-            for stack in _stacks(params, config)
-        ]
+        name: sum(a.nbytes for a in jax.tree.leaves(params["experts"])) / config.num_local_experts
         for name, (_, params) in every.items()
     }
-    for tokens in (1, 16, 2048):
+    for tokens, steps in STEPS.items():
         shape = (1, tokens, config.hidden_size)
         x = jax.random.normal(jax.random.fold_in(key, tokens), shape, jnp.bfloat16)
-        candidates = {"ragged_dot": partial(jax.jit(ragged), dense, x)}
-        if tokens <= 16:
-            candidates["einsum of gathered experts"] = partial(jax.jit(gathered), dense, x)
-        for name, (module, params) in every.items():
-            apply = jax.jit(lambda p, x, module=module: module.apply({"params": p}, x))
-            candidates[name] = partial(apply, params, x)
+        blocks = {"ragged_dot": (ragged, dense)}
         if tokens == 1:
-            device = "cuda" if jax.default_backend() == "gpu" else "cpu"
-            candidates |= torch_layers(dense, x, device)
-        routed = np.unique(np.asarray(_route(dense, x[0])[1]))
+            blocks["einsum of gathered experts"] = gathered, dense
+        for name, (module, params) in every.items():
+            blocks[name] = partial(_apply, module), params
+        candidates = {
+            name: partial(repeated(block, steps), params, x)
+            for name, (block, params) in blocks.items()
+        }
+        expected = {id(params): exact(params, x) for params in (dense, served)}
+        deviation = {}
+        for name, (_, params) in blocks.items():
+            got, wanted = np.asarray(candidates[name]()[1], np.float32), expected[id(params)]
+            deviation[name] = float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted))
+        candidates |= torch_layers(dense, x, steps)
+        routed = len(np.unique(np.asarray(_route(dense, x[0])[1])))
         timed = bench.timed(candidates, repeats, tokens=tokens)
-        best = min(row["ms"] for row in timed if row["name"] in JAX_PEERS)
         for row in timed:
-            moved = sum(np.array(size.get(row["name"], size["mcjax dense bfloat16"]))[routed])
-            row |= {"bytes": float(moved), "speedup": best / row["ms"]}
+            row["ms"] /= steps
+            row["spread_ms"] = [value / steps for value in row["spread_ms"]]
+        best = min(row["ms"] for row in timed if row["name"] in PEERS)
+        for row in timed:
+            moved = routed * size.get(row["name"], size["mcjax dense bfloat16"])
+            row |= {"bytes": moved, "speedup": best / row["ms"]}
             row["of_roofline"] = moved / bandwidth / 1e6 / row["ms"]
+            row["error"] = deviation.get(row["name"])
         rows += timed
+        print(table(timed), flush=True)
     return rows
 
 
-JAX_PEERS = ("ragged_dot", "einsum of gathered experts", "mcjax dense bfloat16")
+def _apply(module, params, x):
+    return module.apply({"params": params}, x)
+
+
+PEERS = ("ragged_dot", "einsum of gathered experts", "mcjax dense bfloat16", "torch bfloat16")
 """Of these the quickest is what the others' speed-up is over."""
-
-
-def _stacks(params, config):
-    """What holds each expert's weights, expert by expert."""
-    stacks = [None] * config.num_local_experts
-    for expert in range(config.num_local_experts):
-        held = []
-        for weight in params["experts"].values():
-            if isinstance(weight, jax.Array):
-                held.append(weight)
-            else:
-                held.append(weight.stacks[weight.location[expert][0]])
-        stacks[expert] = held
-    return stacks
 
 
 def quantising(config):
     """Seconds to quantise all experts' weights to 1 to 4 bits, compilation not counted."""
     e, d, f = config.num_local_experts, config.hidden_size, config.intermediate_size
-    seconds = {}
-    for effort, sweeps in (("fast", 1), ("normal", 6)):
-        total = 0.0
-        for i, (d_in, d_out) in enumerate(((d, f), (d, f), (f, d))):
-            key = jax.random.key(i)
-            w = jax.random.normal(key, (e, d_in, d_out)) * d_in**-0.5
-            mix = jax.random.normal(jax.random.fold_in(key, 1), (e, 2 * d_in, d_in))
-            gram = jnp.einsum("eni,enj->eij", mix, mix)
-            quantise = partial(mcjax.quantize, w, 4, 128, gram, sweeps=sweeps)
-            jax.block_until_ready(quantise())
+    seconds = {"fast": 0.0, "normal": 0.0}
+    for weights, (d_in, d_out) in ((2, (d, f)), (1, (f, d))):
+        w = jax.random.normal(jax.random.key(0), (e, d_in, d_out)) * d_in**-0.5
+        spread = jnp.exp(jax.random.normal(jax.random.key(1), (e, d_in)))
+        gram = jax.vmap(jnp.diag)(spread) + 0.1 * spread[:, :, None] * spread[:, None]
+        quantise = partial(mcjax.quantize, w, 4, 128, gram, chunk=CHUNK)
+        jax.block_until_ready(quantise(sweeps=0))
+        for effort, sweeps in (("fast", 1), ("normal", 6)):
             start = time.perf_counter()
-            jax.block_until_ready(quantise())
-            total += time.perf_counter() - start
-        seconds[effort] = total
+            jax.block_until_ready(quantise(sweeps=sweeps))
+            seconds[effort] += weights * (time.perf_counter() - start)
+            print("seconds to quantise the experts to 1 to 4 bits, so far", seconds, flush=True)
     return seconds
 
 
 def table(rows):
     """The layer's rows as Markdown."""
     lines = [
-        "| tokens | | ms (quartiles) | of the best in bfloat16 | of roofline |",
-        "|---|---|---|---|---|",
+        "| tokens | | ms (quartiles) | speed-up over the best in bfloat16 | of roofline | error |",
+        "|---|---|---|---|---|---|",
     ]
     for row in rows:
         low, high = row["spread_ms"]
         cells = [str(row["tokens"]), row["name"], f"{row['ms']:.3f} ({low:.3f} to {high:.3f})"]
         cells += [f"{row['speedup']:.2f}x", f"{row['of_roofline']:.0%}"]
+        cells.append("" if row["error"] is None else f"{row['error']:.1e}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -221,6 +306,7 @@ def main():
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--inner", type=int, default=14336)
     parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--only", choices=("layer", "quantise"), help="this part alone")
     arguments = parser.parse_args()
     config = MixtralConfig(
         vocab_size=32,
@@ -235,11 +321,12 @@ def main():
         max_position_embeddings=4096,
     )
     facts = {"machine": bench.machine()}
-    facts["layer"] = layers(config, arguments.repeats, facts["machine"]["bandwidth_gb_s"])
-    facts["quantise_seconds"] = quantising(config)
+    if arguments.only != "quantise":
+        facts["layer"] = layers(config, arguments.repeats, facts["machine"]["bandwidth_gb_s"])
+    if arguments.only != "layer":
+        facts["quantise_seconds"] = quantising(config)
     arguments.out.write_text(json.dumps(facts, indent=1) + "\n")
-    print(table(facts["layer"]), bench.caption(facts["machine"]), sep="\n\n")
-    print("all experts to 1 to 4 bits, seconds:", facts["quantise_seconds"])
+    print(bench.caption(facts["machine"]))
 
 
 if __name__ == "__main__":

@@ -117,12 +117,18 @@ def test_choice():
     assert choice.product("cpu", 1, 4, 8) == "popcount"
     assert choice.product("cpu", 512, 2, 8) == "tiled"
     assert choice.product("cpu", 1, 2, None) == "tiled"
-    assert choice.product("gpu", 1, 2, 8) == choice.product("tpu", 1, 2, None) == "pallas"
-    assert choice.expert_rows(2, 8, 8) == 1
-    assert choice.expert_rows(32, 8, 8) == 4
-    assert choice.expert_rows(2, 8, None) == 2
-    assert choice.expert_rows(1024, 8, 8) == choice.expert_rows(1024, 8, None) == 160
-    assert choice.expert_rows(4096, 8, None) == 192
+    assert choice.product("tpu", 1, 2, None) == "pallas"
+    assert [choice.product("gpu", rows, 2, None) for rows in (1, 4, 5, 512, 2048)] == [
+        *("popcount",) * 2,
+        *("pallas",) * 2,
+        "tiled",
+    ]
+    assert choice.expert_rows("cpu", 2, 8, 8) == 1
+    assert choice.expert_rows("cpu", 32, 8, 8) == 4
+    assert choice.expert_rows("cpu", 2, 8, None) == 2
+    assert choice.expert_rows("cpu", 1024, 8, 8) == choice.expert_rows("cpu", 1024, 8, None) == 160
+    assert choice.expert_rows("cpu", 4096, 8, None) == 192
+    assert choice.expert_rows("gpu", 8192, 8, None) == 1152
     assert choice.draft_act_bits("cpu", None) == 8 and choice.draft_act_bits("gpu", None) is None
     planes = mcjax.quantize(weights(64, 6), bits=2)
     with pytest.raises(ValueError, match="'lookup'"):

@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from mcjax import bitplane, odp
-from mcjax.bitplane import BitPlanes, MixedPlanes
 from mcjax.models import rope
 from mcjax.models.config import MixtralConfig
 from mcjax.ops import choice, dot, expert_rows_dot, narrow_dot
+from mcjax.ops.dot import expert_product
 from mcjax.ops.grouped import expert_map
+from mcjax.ops.route import route
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +144,7 @@ class Experts(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, index: jax.Array, keep: jax.Array | None = None) -> jax.Array:
-        """Rows x [N, D], their experts int [N], which to compute bool [N] or None: [N, D]."""
+        """Rows x [N, D] or as in `swiglu_experts`, experts int [N], which to compute: [N, D]."""
         c = self.config
         e, d, f = c.num_local_experts, c.hidden_size, c.intermediate_size
         gate = weight(self, "gate", (e, d, f), self.widths, self.group_size, self.draft)
@@ -159,7 +160,7 @@ def swiglu_experts(gate, up, down, x, index, keep=None, act_bits=None, draft=Non
       gate: weight [E, D, F]; likewise `up`; `down` is [E, F, D].
       up: see `gate`.
       down: see `gate`.
-      x: [N, D].
+      x: [N, D], or [N / K, D] where each row meets K experts in a row.
       index: int [N].
       keep: bool [N] or None.
       act_bits: as in `mcjax.dot`.
@@ -169,14 +170,19 @@ def swiglu_experts(gate, up, down, x, index, keep=None, act_bits=None, draft=Non
     Returns:
       [N, D].
     """
-    quantised = isinstance(gate, BitPlanes | MixedPlanes)
-    every = choice.expert_product(jax.default_backend(), product)
-    if every == "pallas" and quantised and draft is None:
+    platform = jax.default_backend()
+    how = expert_product(len(index), gate, act_bits, product)
+    if how == "popcount" and platform == "gpu":
+        from mcjax.ops import dp4a  # what it needs of Pallas is slow to import
+
+        return dp4a.swiglu(x, (gate, up, down), index, keep, act_bits, draft)
+    x = jnp.repeat(x, len(index) // len(x), axis=0)
+    if how == "pallas" and draft is None:
         # The kernels take all experts at once, of any widths.
-        each = partial(expert_rows_dot, index=index, keep=keep, act_bits=act_bits, product=every)
+        each = partial(expert_rows_dot, index=index, keep=keep, act_bits=act_bits, product=how)
         return each(jax.nn.silu(each(x, gate)) * each(x, up), down)
-    rows = partial(_swiglu, act_bits, draft, product)
-    block = choice.expert_rows(x.shape[0], gate.shape[0], act_bits)
+    rows = partial(_swiglu, act_bits, draft, how)
+    block = choice.expert_rows(platform, x.shape[0], gate.shape[0], act_bits)
     return expert_map(rows, (gate, up, down), x, index, keep, block)
 
 
@@ -230,11 +236,10 @@ class MoE(nn.Module):
                 rest = jnp.sum(intercept[index] * skipped[..., None].astype(x.dtype), axis=1)
                 weights = jnp.where(keep, weights, 0)
                 weights = weights.at[:, 0].add(jnp.sum(slope[index] * skipped, axis=1))
-        rows = jnp.repeat(tokens, c.num_experts_per_tok, axis=0)
         experts = Experts(
             c, self.widths, self.group_size, self.act_bits, self.draft, name="experts"
         )
-        y = experts(rows, index.reshape(-1), None if keep is None else keep.reshape(-1))
+        y = experts(tokens, index.reshape(-1), None if keep is None else keep.reshape(-1))
         y = y.reshape(*index.shape, -1) * weights[..., None].astype(x.dtype)
         return (jnp.sum(y, axis=1) + rest).reshape(x.shape)
 
@@ -242,20 +247,6 @@ class MoE(nn.Module):
 def router_logits(x: jax.Array, router: jax.Array) -> jax.Array:
     """Each expert's logit for tokens x [N, D] by router [D, E]: float32 [N, E]."""
     return jnp.dot(x, router.astype(x.dtype)).astype(jnp.float32)
-
-
-def route(logits: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """The k most probable experts of each token.
-
-    Args:
-      logits: float32 [N, E].
-      k: experts per token.
-
-    Returns:
-      Weights float32 [N, k], descending and summing to 1, and experts int32 [N, k].
-    """
-    weights, index = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), k)
-    return weights / jnp.sum(weights, axis=-1, keepdims=True), index
 
 
 class Layer(nn.Module):

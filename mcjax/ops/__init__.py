@@ -6,7 +6,11 @@ grouped   rows sorted by expert, so that each is computed once
 popcount  int8 activations against planes, by counting bits
 tiled     dequantised a tile at a time
 narrow    bfloat16 embeddings and heads, widened a tile at a time
-pallas    the same for GPU and TPU, in registers
+route     each token's most probable experts
+pallas    rows grouped by expert: the plan of blocks, and the kernel for TPU
+triton    its GPU kernel, on matrix units
+dp4a      few rows on a GPU, by counting bits
+unpack    planes written out on a GPU, for many rows
 """
 
 from mcjax.ops.dot import dense, dot, expert_dot, expert_rows_dot

@@ -3,47 +3,50 @@
 from __future__ import annotations
 
 PRODUCTS = ("popcount", "tiled", "pallas")
-
-KERNEL_PLATFORMS = ("gpu", "tpu")
-"""Where Pallas kernels multiply, all experts of all widths at once. That is by design, not by
-measurement: none was at hand."""
+"""Counting bits, dequantising (tile by tile on a CPU), and kernels that do both in one."""
 
 POPCOUNT_WORK = 96
 """Rows times planes up to which counting bits beats dequantising on a CPU: 96 rows at 1 bit, 24 at
 4. It costs a pass over the planes a row, dequantising one for all rows."""
 
-POPCOUNT_ROWS = 16
-"""Most rows of one expert for which a block is made as small as they are."""
+POPCOUNT_ROWS = {"cpu": 16, "gpu": 4}
+"""Most rows of one expert for which a block is made as small as they are; on a GPU also the most
+that are multiplied by counting bits."""
 
-EXPERT_ROWS = 192
-"""Most rows of one expert that are multiplied at once."""
+KERNEL_ROWS = 768
+"""Most rows of one expert for which the kernel beats dequantising a weight on a GPU."""
+
+EXPERT_ROWS = {"cpu": 192}
+"""Most rows of one expert that are multiplied at once, no limit where memory is not short."""
 
 
-def product(platform: str, rows: int, bits: int, act_bits: int | None) -> str:
+def counts(platform: str, act_bits: int | None) -> bool:
+    """Whether bits can be counted: of rows rounded to int8; on a GPU also of others, to 16 bits."""
+    return platform == "gpu" or (platform == "cpu" and act_bits == 8)
+
+
+def product(platform: str, rows: int, bits: float, act_bits: int | None) -> str:
     """The quicker product of rows with planes.
 
     Args:
       platform: "cpu", "gpu" or "tpu".
-      rows: of activations.
+      rows: of activations that meet one weight, an expert's share of them on average.
       bits: planes of the weight.
-      act_bits: 8 if activations are rounded to int8, which counting bits needs.
+      act_bits: 8 if activations are rounded to int8.
 
     Returns:
       One of `PRODUCTS`.
     """
-    if platform in KERNEL_PLATFORMS:
+    if platform == "tpu":
         return "pallas"
-    if platform == "cpu" and act_bits == 8 and rows * bits <= POPCOUNT_WORK:
-        return "popcount"
-    return "tiled"
+    if platform == "gpu":
+        if rows <= POPCOUNT_ROWS["gpu"]:
+            return "popcount"
+        return "pallas" if rows <= KERNEL_ROWS else "tiled"
+    return "popcount" if counts(platform, act_bits) and rows * bits <= POPCOUNT_WORK else "tiled"
 
 
-def expert_product(platform: str, product: str | None) -> str | None:
-    """The product asked for; else the kernels where they run, None for each expert's own choice."""
-    return product or ("pallas" if platform in KERNEL_PLATFORMS else None)
-
-
-def expert_rows(rows: int, experts: int, act_bits: int | None) -> int:
+def expert_rows(platform: str, rows: int, experts: int, act_bits: int | None) -> int:
     """How many rows of one expert to multiply at once.
 
     Counting bits wants no more than there are likely to be, since rows that fill a block up cost as
@@ -51,14 +54,15 @@ def expert_rows(rows: int, experts: int, act_bits: int | None) -> int:
     with one row more than a block dequantises twice.
 
     Args:
+      platform: as in `product`.
       rows: routed rows in all.
       experts: that share them.
       act_bits: as in `product`.
     """
     share = -(-rows // experts)
-    if act_bits == 8 and share <= POPCOUNT_ROWS:
+    if counts(platform, act_bits) and share <= POPCOUNT_ROWS[platform]:
         return 1 << (share - 1).bit_length()
-    blocks = -(-share // EXPERT_ROWS)
+    blocks = -(-share // EXPERT_ROWS.get(platform, share))
     return min(rows, -(-9 * share // (8 * 32 * blocks)) * 32)
 
 

@@ -30,7 +30,8 @@ def dot(
       x: float [..., d_in].
       planes: a weight of logical shape [d_in, d_out].
       act_bits: None multiplies in x's own type; 8 rounds every row of x to int8 first, a deliberate
-        change of numerics that lets few rows be multiplied by counting bits.
+        change of numerics that lets few rows be multiplied by counting bits. On a GPU bits are
+        counted for other rows too, rounded to 16 bits, and every group of a row has its own scale.
       product: "popcount", "tiled", or "pallas" for kernels on GPU and TPU; None for the quickest
         here, see `mcjax.ops.choice`.
 
@@ -48,20 +49,22 @@ def dot(
     if not isinstance(planes, BitPlanes):
         return jnp.dot(x, dense(planes, x.dtype))
     rows = x.reshape(-1, x.shape[-1])
-    if product is None:
-        product = choice.product(jax.default_backend(), len(rows), planes.bits, act_bits)
-    if product not in choice.PRODUCTS or (product == "popcount" and act_bits is None):
+    platform = jax.default_backend()
+    product = product or choice.product(platform, len(rows), planes.bits, act_bits)
+    if product not in choice.PRODUCTS or (
+        product == "popcount" and not choice.counts(platform, act_bits)
+    ):
         raise ValueError(
             f"product {product!r} with act_bits {act_bits} is none of {choice.PRODUCTS}, or needs "
             "act_bits=8"
         )
-    if product == "popcount":
+    if product == "popcount" and platform == "cpu":
         y = popcount_dot(rows, planes)
-    elif product == "pallas":
+    elif product == "tiled":
+        y = tiled_dot(rows if act_bits is None else rounded(rows), planes)
+    else:
         experts = jax.tree.map(lambda a: a[None], planes)
         y = expert_rows_dot(rows, experts, jnp.zeros(len(rows), int), None, act_bits, product)
-    else:
-        y = tiled_dot(rows if act_bits is None else rounded(rows), planes)
     return y.reshape(*x.shape[:-1], -1)
 
 
@@ -115,14 +118,30 @@ def expert_rows_dot(
 
     Otherwise as `expert_dot`.
     """
-    product = choice.expert_product(jax.default_backend(), product)
-    if not isinstance(planes, BitPlanes | MixedPlanes) or product != "pallas":
-        function = partial(_one_dot, act_bits, product)
-        block = choice.expert_rows(x.shape[0], planes.shape[0], act_bits)
-        return expert_map(function, (planes,), x, index, keep, block)
-    from mcjax.ops.pallas import grouped_dot  # what it needs of Pallas is slow to import
+    platform = jax.default_backend()
+    how = expert_product(x.shape[0], planes, act_bits, product)
+    if isinstance(planes, BitPlanes | MixedPlanes):  # what these need of Pallas is slow to import
+        if how == "popcount" and platform == "gpu":
+            from mcjax.ops.dp4a import expert_dots
 
-    return grouped_dot(x if act_bits is None else rounded(x), planes, index, keep)
+            return expert_dots(x, (planes,), index, keep, act_bits)[0]
+        if how == "pallas":
+            from mcjax.ops.pallas import grouped_dot
+
+            return grouped_dot(x if act_bits is None else rounded(x), planes, index, keep)
+    function = partial(_one_dot, act_bits, how)
+    block = choice.expert_rows(platform, x.shape[0], planes.shape[0], act_bits)
+    return expert_map(function, (planes,), x, index, keep, block)
+
+
+def expert_product(
+    rows: int, planes: Weight, act_bits: int | None, product: str | None
+) -> str | None:
+    """The product of so many rows with experts: one for all of them, or None for each its own."""
+    platform = jax.default_backend()
+    if product or platform == "cpu" or not isinstance(planes, BitPlanes | MixedPlanes):
+        return product
+    return choice.product(platform, -(-rows // planes.shape[0]), planes.bits, act_bits)
 
 
 def _one_dot(act_bits, product, weights, rows):

@@ -10,10 +10,8 @@ Both kernels share that order, the plan of blocks and how a slab is made. They d
 
 * GPU (Triton): a program owns [block_rows, block_out] of the result and loops over units and bits,
   one ``[block_rows, G] @ [G, block_out]`` product a bit, since register tiles cannot be joined
-  cheaply there. Blocks of fewer rows than the matrix unit takes, as when decoding, leave it alone:
-  slabs would go to it through shared memory, with a barrier a bit, when a multiplication a row
-  keeps them where they are; groups are summed once, at the end. When the grid is too small for the
-  device, units are split over programs and their partial sums added afterwards.
+  cheaply there. When the grid is too small for the device, units are split over programs and their
+  partial sums added afterwards. Rows too few for the matrix unit are `mcjax.ops.dp4a`'s.
 * TPU (Mosaic): stacking 32 slabs of whole tiles of registers moves nothing, so the grid visits a
   unit at a time and multiplies all its ``32 * G`` features at once, for few rows too. Experts
   steer the copies of planes through scalar prefetch, and the grid ends at the last block that has
@@ -34,7 +32,6 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.experimental.pallas import triton as pltriton
 
 from mcjax import tables as tables_lib
 from mcjax.bitplane import WORD, BitPlanes, MixedPlanes
@@ -43,7 +40,7 @@ from mcjax.ops.grouped import _group, expert_map
 TARGETS = ("gpu", "tpu")
 
 _LEAST = 16  # rows, groups or outputs that a product on a GPU's matrix unit takes at least
-_MOST_ROWS = 128
+_MOST_ROWS = {"gpu": 256, "tpu": 128}
 _LANES = 128
 _PROGRAMS = 512  # about four for each multiprocessor of a data-centre GPU
 
@@ -97,9 +94,9 @@ def grouped_dot(
     """Every row times its own expert, as `mcjax.ops.grouped.expert_map` does for one product.
 
     Rows are grouped by expert and padded to whole blocks; blocks without rows, and so rows that
-    are not kept, cost nothing. Weights are rounded to x's dtype (not for fewer than 16 rows on
-    GPU), sums are float32; float32 rows are multiplied at the default precision of `jnp.dot`. The
-    gradient with respect to x runs in plain JAX, the planes have none.
+    are not kept, cost nothing. Weights are rounded to x's dtype, sums are float32; float32 rows are
+    multiplied at the default precision of `jnp.dot`. The gradient with respect to x runs in plain
+    JAX, the planes have none.
 
     Args:
       x: float32 or bfloat16 [N, d_in].
@@ -107,8 +104,8 @@ def grouped_dot(
         call, over its own experts' blocks alone.
       index: int [N], each row's expert.
       keep: bool [N] or None for all.
-      block_rows: rows of a block, a power of two (on TPU at least 16 are taken); by default twice
-        what an expert has on average, at most 128.
+      block_rows: rows of a block, a power of two (at least 16 are taken); by default twice what an
+        expert has on average, at most 256 (on TPU 128).
       block_out: output features of a block, a power of two (on GPU at least 16 are taken, on TPU
         128); by default 64 to 256.
       target: "gpu" or "tpu" takes that kernel; None takes the one of the platform that the program
@@ -135,7 +132,7 @@ def grouped_dot(
         if size is not None and (size < 1 or size & (size - 1)):
             raise ValueError(f"{name} must be a power of two, got {size}")
     target = "gpu" if interpret and target is None else target
-    width = max(stack.bits for stack in _stacks(planes))
+    width = max(stack.bits for stack in stacks_of(planes))
     fits = x.shape[0] > 0 and supported(planes.shape, planes.group_size, width, x.dtype)
     if not fits and target is not None:
         raise ValueError(
@@ -143,7 +140,7 @@ def grouped_dot(
             f"of {planes.group_size} and {width} bits"
         )
     if not fits:
-        return _reference(x, planes, index, keep)
+        return reference(x, planes, index, keep)
     return _grouped_dot(_Config(block_rows, block_out, target, interpret), x, planes, index, keep)
 
 
@@ -158,7 +155,7 @@ def _grouped_dot(config: _Config, x, planes, index, keep):
         keep,
         cuda=partial(_product, "gpu", config),
         tpu=partial(_product, "tpu", config),
-        default=_reference,
+        default=reference,
     )
 
 
@@ -170,14 +167,15 @@ def _backward(config, residuals, cotangent):
     planes, index, keep = residuals
     # The product is linear in x: its transpose needs no rows, only their shape.
     rows = jnp.zeros((cotangent.shape[0], planes.shape[1]), cotangent.dtype)
-    _, transpose = jax.vjp(lambda x: _reference(x, planes, index, keep), rows)
+    _, transpose = jax.vjp(lambda x: reference(x, planes, index, keep), rows)
     return *transpose(cotangent), None, None, None
 
 
 _grouped_dot.defvjp(_forward, _backward)
 
 
-def _reference(x, planes, index, keep):
+def reference(x: jax.Array, planes: BitPlanes | MixedPlanes, index, keep) -> jax.Array:
+    """What the kernels compute, in plain JAX."""
     return expert_map(_dequantized_dot, (planes,), x, index, keep)
 
 
@@ -186,29 +184,33 @@ def _dequantized_dot(weights, rows):
     return jnp.dot(rows, weight.dequantize(rows.dtype))
 
 
-def _stacks(planes: BitPlanes | MixedPlanes) -> tuple[BitPlanes, ...]:
+def stacks_of(planes: BitPlanes | MixedPlanes) -> tuple[BitPlanes, ...]:
+    """The planes of each width."""
     return planes.stacks if isinstance(planes, MixedPlanes) else (planes,)
 
 
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
     """Rows put into blocks of one expert each, stack by stack and there expert by expert.
 
     Attributes:
       source: int32 [rows], the row of x for each row of the blocks, N for filling.
-      place: int32 [N], where each row of x went, `rows` if it is not kept.
+      place: int32 [N], where each row of x went, `rows` if it is not kept; None if all stayed.
+      owner: int32 [blocks], each block's stack, one beyond the last for a block without rows.
       slots: int32 [blocks], each block's expert as its place in its stack.
       spans: int32 [stacks, 2], the first block of each stack and how many it has.
     """
 
     source: jax.Array
-    place: jax.Array
+    place: jax.Array | None
+    owner: jax.Array
     slots: jax.Array
     spans: jax.Array
 
 
-def _plan(planes, index, keep, block_rows) -> _Plan:
+def plan_blocks(planes, index, keep, block_rows: int) -> Plan:
+    """Puts rows of the experts int `index` [N], those that `keep` bool [N] says, into blocks."""
     rows, experts = index.shape[0], planes.shape[0]
-    sizes = [stack.shape[0] for stack in _stacks(planes)]
+    sizes = [stack.shape[0] for stack in stacks_of(planes)]
     edges = np.cumsum([0, *sizes])
     slot = np.concatenate([np.arange(size) for size in sizes])
     if isinstance(planes, MixedPlanes):
@@ -226,34 +228,38 @@ def _plan(planes, index, keep, block_rows) -> _Plan:
     place = start[index] * block_rows + position - groups.first[index]
     place = jnp.where(keep, place, blocks * block_rows).astype(jnp.int32)
     source = jnp.full(blocks * block_rows, rows, jnp.int32).at[place].set(numbers, mode="drop")
-    owner = jnp.searchsorted(end, jnp.arange(blocks), side="right")
-    slots = jnp.asarray(slot, jnp.int32)[jnp.minimum(owner, experts - 1)]
+    expert = jnp.searchsorted(end, jnp.arange(blocks), side="right")
+    owner = jnp.searchsorted(edges[1:], expert, side="right").astype(jnp.int32)
+    slots = jnp.asarray(slot, jnp.int32)[jnp.minimum(expert, experts - 1)]
     first = start[edges[:-1]]
     spans = jnp.stack([first, end[edges[1:] - 1] - first], axis=1)
-    return _Plan(source, place, slots, spans.astype(jnp.int32))
+    return Plan(source, place, owner, slots, spans.astype(jnp.int32))
 
 
 def _product(target, config, x, planes, index, keep):
     rows, (experts, _, d_out) = x.shape[0], planes.shape
     # Twice the average, since an uneven load would make several blocks read the same planes.
-    block_rows = config.block_rows or _power_of_two(pl.cdiv(2 * rows, experts), 1, _MOST_ROWS)
-    groups = _stacks(planes)[0].planes.shape[-2]
+    # At least what a matrix unit or a register of bfloat16 takes.
+    block_rows = config.block_rows or _power_of_two(
+        pl.cdiv(2 * rows, experts), 1, _MOST_ROWS[target]
+    )
+    block_rows = max(block_rows, _LEAST)
+    plan = plan_blocks(planes, index, keep, block_rows)
     if target == "gpu":
-        most = config.block_out or (64 if block_rows <= _LEAST else 128)
-        tile, call = _LEAST, _gpu_call
-        block_out = _power_of_two(d_out, _LEAST, max(most, _LEAST))
+        from mcjax.ops.triton import matrix_dot  # imports what is above
+
+        block_out = _power_of_two(d_out, _LEAST, max(config.block_out or 128, _LEAST))
+        out: Any = matrix_dot(x, planes, plan, block_rows, block_out, config.interpret)
     else:
-        block_rows = max(block_rows, _LEAST)  # one register of bfloat16
         # 32 groups are a whole tile of bytes, which is what tables are.
-        tile, call = _power_of_two(groups, 8, 32), _tpu_call
+        groups = stacks_of(planes)[0].planes.shape[-2]
+        ordered = _order(x, plan.source, groups, planes.group_size, _power_of_two(groups, 8, 32))
         block_out = min(d_out, max(config.block_out or 256, _LANES))
-    plan = _plan(planes, index, keep, block_rows)
-    ordered = _order(x, plan.source, groups, planes.group_size, tile)
-    out: Any = None  # each stack's kernel adds its own blocks to what the ones before wrote
-    for s, stack in enumerate(_stacks(planes)):
-        out = call(
-            plan.spans[s], plan.slots, ordered, stack, out, block_rows, block_out, config.interpret
-        )
+        out = None  # each stack's kernel adds its own blocks to what the ones before wrote
+        for span, stack in zip(plan.spans, stacks_of(planes), strict=True):
+            out = _tpu_call(
+                span, plan.slots, ordered, stack, out, block_rows, block_out, config.interpret
+            )
     y = out.at[:, plan.place].get(mode="clip").sum(0)
     return jnp.where(keep[:, None], y, 0).astype(x.dtype)
 
@@ -271,7 +277,7 @@ def _order(x, source, groups, group_size, tile):
     return x.reshape(tiles * words, -1, WORD * tile)
 
 
-def _decode(codes: list[jax.Array], width: int) -> tuple[list[jax.Array], jax.Array]:
+def decode(codes: list[jax.Array], width: int) -> tuple[list[jax.Array], jax.Array]:
     """A table's rows, each int [G, block_out], as what set bits add and what no bit gives.
 
     The sums of `mcjax.tables.decode` written without leading axes, which registers do not have.
@@ -288,113 +294,17 @@ def _decode(codes: list[jax.Array], width: int) -> tuple[list[jax.Array], jax.Ar
     return added, (tables_lib.offset_ratio(codes[-1]) - 1) * half_span
 
 
-def _slab(words: list[jax.Array], j, added: list[jax.Array], base: jax.Array) -> jax.Array:
+def slab(words: list[jax.Array], j: int, added: list[jax.Array], base: jax.Array) -> jax.Array:
     """Bit `j` of words uint32 [G, block_out], one of each plane, as weights float32."""
-    bits = [lax.shift_right_logical(word, jnp.full_like(word, j)) & 1 for word in words]
-    if len(added) == len(bits):
+    if len(added) == len(words):
         value = base
-        for bit, step in zip(bits, added, strict=True):
-            value = value + jnp.where(bit == 1, step, 0.0)
+        for word, step in zip(words, added, strict=True):
+            value = jnp.where(word & np.uint32(1 << j) != 0, value + step, value)
         return value
-    code = bits[0]
-    for bit in bits[1:]:
-        code = 2 * code + bit
+    code = jnp.zeros_like(words[0])
+    for word in words:
+        code = 2 * code + ((word >> np.uint32(j)) & 1)
     return base + added[0] * code.astype(jnp.int32).astype(jnp.float32)
-
-
-def _gpu_call(span, slots, x, stack: BitPlanes, out, block_rows, block_out, interpret):
-    units, rows, _ = x.shape
-    d_out = stack.shape[-1]
-    grid = (slots.shape[0] - 1, pl.cdiv(d_out, block_out))
-    splits = max(1, min(units, _PROGRAMS // (grid[0] * grid[1])))
-    dtype = x.dtype if splits == 1 else jnp.float32
-    existing = () if out is None else (out,)
-    return pl.pallas_call(
-        partial(_gpu_kernel, block_rows, block_out, splits),
-        grid=(*grid, splits),
-        out_shape=jax.ShapeDtypeStruct((splits, rows, d_out), dtype),
-        input_output_aliases={5: 0} if existing else {},
-        compiler_params=pltriton.CompilerParams(
-            num_warps=8 if block_rows * block_out >= 2**14 else 4
-        ),
-        interpret=interpret,
-        name="planes_grouped_dot",
-    )(span, slots, x, stack.planes, stack.tables[-1], *existing)
-
-
-def _gpu_kernel(block_rows, block_out, splits, span, slots, x, planes, table, *existing_and_out):
-    out = existing_and_out[-1]
-    _, width, words, groups, d_out = planes.shape
-    units, _, features = x.shape
-    tile = features // WORD
-    i, o, s = (pl.program_id(axis) for axis in range(3))
-    outs = pl.ds(o * block_out, block_out)
-    in_out = None
-    if d_out % block_out:
-        in_out = o * block_out + lax.broadcasted_iota(jnp.int32, (1, block_out), 1) < d_out
-
-    def load(ref, *place):
-        start = place[-1] * tile
-        # Pallas' interpreter wants arrays for the indices of a masked load.
-        at = ref.at[(*map(jnp.int32, place[:-1]), pl.ds(start, tile), outs)]
-        mask = in_out
-        if groups % tile:
-            in_groups = start + lax.broadcasted_iota(jnp.int32, (tile, 1), 0) < groups
-            mask = in_groups if mask is None else in_groups & mask
-        if mask is None:
-            return pltriton.load(at)
-        mask = jnp.broadcast_to(mask, (tile, block_out))
-        return pltriton.load(at, mask=mask, other=jnp.zeros((), ref.dtype))
-
-    @pl.when(i < span[1])
-    def one_block():
-        block = span[0] + i
-        slot = slots[block]
-        rows = pl.ds(block * block_rows, block_rows)
-        few = block_rows < _LEAST
-
-        def multiply(total, weight, u, features):
-            if not few:
-                product = jnp.dot(
-                    x[u, rows, features],
-                    weight.astype(x.dtype),
-                    preferred_element_type=jnp.float32,
-                )
-                return [total[0] + product]
-            parts = [x[u, block * block_rows + r, features] for r in range(block_rows)]
-            return [
-                of_row + part.astype(jnp.float32)[:, None] * weight
-                for of_row, part in zip(total, parts, strict=True)
-            ]
-
-        def one_unit(u, total):
-            t, v = u // words, u % words
-            codes = [load(table, slot, r, t).astype(jnp.int32) for r in range(table.shape[1])]
-            added, base = _decode(codes, width)
-            of_planes = [load(planes, slot, p, v, t) for p in range(width)]
-
-            def one_bit(j, total):
-                weight = _slab(of_planes, j.astype(jnp.uint32), added, base)
-                return multiply(total, weight, u, pl.ds(j * tile, tile))
-
-            return lax.fori_loop(0, WORD, one_bit, total)
-
-        # Few rows keep a sum for each group of a tile, the others only one over groups.
-        shapes = [(tile, block_out)] * block_rows if few else [(block_rows, block_out)]
-        total = lax.fori_loop(
-            s * units // splits,
-            (s + 1) * units // splits,
-            one_unit,
-            [jnp.zeros(shape, jnp.float32) for shape in shapes],
-        )
-        if few:
-            mask = None if in_out is None else in_out.reshape(block_out)
-            for r, of_row in enumerate(total):
-                y = jnp.sum(of_row, axis=0).astype(out.dtype)
-                pltriton.store(out.at[s, block * block_rows + r, outs], y, mask=mask)
-        else:
-            mask = None if in_out is None else jnp.broadcast_to(in_out, shapes[0])
-            pltriton.store(out.at[s, rows, outs], total[0].astype(out.dtype), mask=mask)
 
 
 def _tpu_call(span, slots, x, stack: BitPlanes, out, block_rows, block_out, interpret):
@@ -454,9 +364,9 @@ def _tpu_kernel(width, span, slots, x, planes, table, *existing_out_and_total):
         # Fewer groups than a tile come as they are and are filled up here.
         filling = ((0, x.shape[-1] // WORD - table.shape[-2]), (0, 0))
         codes = [jnp.pad(table[r].astype(jnp.int32), filling) for r in range(table.shape[0])]
-        added, base = _decode(codes, width)
+        added, base = decode(codes, width)
         words = [jnp.pad(planes[p], filling) for p in range(width)]
-        slabs = [_slab(words, np.uint32(j), added, base) for j in range(WORD)]
+        slabs = [slab(words, j, added, base) for j in range(WORD)]
         weight = jnp.concatenate(slabs).astype(x.dtype)
         total[...] += jnp.dot(x[...], weight, preferred_element_type=jnp.float32)
 

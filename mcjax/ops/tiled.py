@@ -13,7 +13,7 @@ from mcjax import tables as tables_lib
 from mcjax.bitplane import BitPlanes, unpack_signs
 
 TILE_BYTES = 4 << 20
-"""Largest dequantised tile. On CPU much larger buffers are mapped anew for every product."""
+"""Largest dequantised tile on a CPU; much larger buffers are mapped anew for every product."""
 
 
 @jax.custom_vjp
@@ -25,10 +25,10 @@ def tiled_dot(x: jax.Array, planes: BitPlanes) -> jax.Array:
     rows = planes.plane_order(x)
 
     def visit(start, weight, out):
-        y = _product(rows, weight.astype(x.dtype)).astype(x.dtype)
+        y = _product(rows, weight).astype(x.dtype)
         return lax.dynamic_update_slice(out, y, (0, start))
 
-    return _over_tiles(planes, visit, jnp.zeros((x.shape[0], planes.shape[-1]), x.dtype))
+    return _over_tiles(planes, x.dtype, visit, jnp.zeros((x.shape[0], planes.shape[-1]), x.dtype))
 
 
 def transposed_dot(cotangent: jax.Array, planes: BitPlanes) -> jax.Array:
@@ -40,10 +40,10 @@ def transposed_dot(cotangent: jax.Array, planes: BitPlanes) -> jax.Array:
         dy = lax.dynamic_slice_in_dim(cotangent, start, tile, 1)
         # The last tile may overlap the one before it.
         dy = jnp.where(start + jnp.arange(tile) >= done, dy, 0)
-        return change + _product(dy, weight.astype(dy.dtype).T), start + tile
+        return change + _product(dy, weight.T), start + tile
 
     zeros = jnp.zeros((cotangent.shape[0], planes.planes.shape[-2] * planes.group_size))
-    change, _ = _over_tiles(planes, visit, (zeros, jnp.int32(0)))
+    change, _ = _over_tiles(planes, cotangent.dtype, visit, (zeros, jnp.int32(0)))
     return planes.feature_order(change).astype(cotangent.dtype)
 
 
@@ -59,21 +59,25 @@ def backward(planes, cotangent):
 tiled_dot.defvjp(_forward, backward)
 
 
-def _over_tiles(planes: BitPlanes, visit: Callable, carry: Any) -> Any:
-    """Folds ``visit(start, dequantised tile, carry)`` over tiles of output features."""
+def _over_tiles(planes: BitPlanes, dtype: Any, visit: Callable, carry: Any) -> Any:
+    """Folds ``visit(start, tile dequantised to dtype, carry)`` over tiles of output features."""
+    if jax.default_backend() == "gpu":  # memory is not short, and the kernel is the quicker
+        from mcjax.ops import unpack as kernel  # what it needs of Pallas is slow to import
+
+        return visit(jnp.int32(0), kernel.unpack(planes, dtype), carry)
     d_out = planes.shape[-1]
     features = planes.planes.shape[-2] * planes.group_size
     count = -(-4 * features * d_out // TILE_BYTES)
     tile = -(-d_out // (128 * count)) * 128  # even tiles, so that the last overlaps little
     if tile >= d_out:
-        return visit(jnp.int32(0), planes.in_plane_order(), carry)
+        return visit(jnp.int32(0), planes.in_plane_order().astype(dtype), carry)
 
     def cut(start):
         own = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, tile, a.ndim - 1), planes)
         return own.planes, *tables_lib.decode(own.tables[-1], own.bits)
 
     def unpack(start, own, carry):
-        return visit(start, unpack_signs(*own), carry)
+        return visit(start, unpack_signs(*own).astype(dtype), carry)
 
     return fold_tiles(d_out, tile, cut, unpack, carry)
 

@@ -83,7 +83,7 @@ def quantize(
     )
 
 
-@partial(jax.jit, static_argnames=("widths", "weights", "group_size", "sweeps", "chunk"))
+@partial(jax.jit, static_argnames=("widths", "weights", "group_size", "chunk"))
 def _quantize(w, gram, *, widths, weights, group_size, damping, sweeps, chunk):
     d_in = w.shape[-2]
     extra = padded(d_in) - d_in
@@ -105,7 +105,8 @@ def _quantize(w, gram, *, widths, weights, group_size, damping, sweeps, chunk):
         )
 
     at_once = max(1, chunk // (w.shape[-2] * d_out))
-    codes, tables = jax.lax.map(one, (w, gram), batch_size=min(at_once, len(w)))
+    with jax.default_matmul_precision("highest"):  # a GPU would round to 10 bits
+        codes, tables = jax.lax.map(one, (w, gram), batch_size=min(at_once, len(w)))
     codes, tables = jax.tree.map(lambda a: a.reshape(*leading, *a.shape[1:]), (codes, tables))
     return BitPlanes(
         planes=pack(codes, widths[-1], group_size),
