@@ -54,7 +54,7 @@ class Model:
 
     def __call__(self, tokens: jax.Array) -> Any:
         """Tokens int [B, T] to next-token logits [B, T, vocab]."""
-        return self.module.apply({"params": self.params}, tokens)
+        return _logits(self.module, self.params, tokens)
 
     @property
     def spec(self) -> PlaneSpec:
@@ -120,6 +120,11 @@ class Model:
             bytes_read=self.bytes_read + reader.bytes_read,
             expert_bytes_read=self.expert_bytes_read + reader.expert_bytes_read,
         )
+
+
+@partial(jax.jit, static_argnums=0)
+def _logits(module, params, tokens):
+    return module.apply({"params": params}, tokens)
 
 
 def load(

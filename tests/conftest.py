@@ -3,6 +3,7 @@
 import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import jax
@@ -18,7 +19,7 @@ from mcjax.models import Mixtral, MixtralConfig
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     CACHE = tempfile.TemporaryDirectory(prefix="mcjax-tests-")  # gone when pytest ends
     os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.02"
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "train"))  # the scripts' own imports
 
@@ -36,12 +37,9 @@ CONFIG = MixtralConfig(
 )
 
 
-FIRST = ("test_notebooks.py", "test_demo.py")
-"""Files of few but long tests: started last, they would keep one worker busy alone."""
-
-
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.name not in FIRST)
+    """Notebooks first: long tests of one file, at the end of which one worker would be alone."""
+    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
 
 
 @pytest.fixture(scope="session")
@@ -72,8 +70,18 @@ def model_folder(tmp_path_factory, text_file):
 
 
 @pytest.fixture(scope="session")
-def artifact(tmp_path_factory, model_folder, text_file):
-    """The folder compressed to three planes."""
-    out = tmp_path_factory.mktemp("artifact") / "small.mcjax"
+def artifact(tmp_path_factory, worker_id, model_folder, text_file):
+    """The folder compressed to three planes, by the worker that wants it first."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder if worker_id == "master" else folder.parent) / "artifact"
+    out = folder / "small.mcjax"
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        for _ in range(3000):
+            if out.exists():  # it appears whole
+                return out
+            time.sleep(0.1)
+        raise
     compress(model_folder, out, text_file, max_bits=3, group_size=32, samples=16, seq_len=64)
     return out

@@ -254,7 +254,7 @@ def test_narrow_activations_train():
     net = Net(spec)
     labels = jnp.arange(64) % 4
     x = weight(4, 6, 6, 2)[labels] + 0.7 * weight(64, 6, 6, 2)  # four classes
-    variables = net.init(jax.random.key(0), x)
+    variables = jax.jit(net.init)(jax.random.key(0), x)
     optimiser = optax.sgd(0.05, momentum=0.9)
 
     def losses(params, stats):
@@ -283,10 +283,10 @@ def test_narrow_activations_train():
 
     planes = tree.freeze_tree(params, spec)
     for bits in spec.widths:
-        trained = net.clone(bits=bits).apply({"params": params, "batch_stats": stats}, x)
-        served = Net(dataclasses.replace(spec, frozen=True), bits).apply(
-            {"params": tree.slice_tree(planes, bits), "batch_stats": stats}, x
-        )
+        apply = jax.jit(net.clone(bits=bits).apply)
+        trained = apply({"params": params, "batch_stats": stats}, x)
+        apply = jax.jit(Net(dataclasses.replace(spec, frozen=True), bits).apply)
+        served = apply({"params": tree.slice_tree(planes, bits), "batch_stats": stats}, x)
         # A sum that two programs round apart may land on either side of a level, but rarely.
         equal = np.isclose(served, trained, rtol=1e-4, atol=1e-4).all(axis=-1)
         assert equal.mean() > 0.9, bits

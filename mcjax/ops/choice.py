@@ -5,9 +5,10 @@ from __future__ import annotations
 PRODUCTS = ("popcount", "tiled", "pallas")
 """Counting bits, dequantising (tile by tile on a CPU), and kernels that do both in one."""
 
-POPCOUNT_WORK = 96
-"""Rows times planes up to which counting bits beats dequantising on a CPU: 96 rows at 1 bit, 24 at
-4. It costs a pass over the planes a row, dequantising one for all rows."""
+POPCOUNT_WORK = 72
+"""Rows times planes after the first up to which counting bits beats multiplying in int8 on a CPU:
+72 rows at 2 bits, 24 at 4, any number at 1. What it costs grows with rows and planes, what
+multiplying costs with rows, beyond unpacking the weight for all of them."""
 
 POPCOUNT_ROWS = {"cpu": 16, "gpu": 4}
 """Most rows of one expert for which a block is made as small as they are; on a GPU also the most
@@ -43,7 +44,8 @@ def product(platform: str, rows: int, bits: float, act_bits: int | None) -> str:
         if rows <= POPCOUNT_ROWS["gpu"]:
             return "popcount"
         return "pallas" if rows <= KERNEL_ROWS else "tiled"
-    return "popcount" if counts(platform, act_bits) and rows * bits <= POPCOUNT_WORK else "tiled"
+    few = rows * (bits - 1) <= POPCOUNT_WORK
+    return "popcount" if counts(platform, act_bits) and few else "tiled"
 
 
 def expert_rows(platform: str, rows: int, experts: int, act_bits: int | None) -> int:

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from mcjax.bitplane import BitPlanes, MixedPlanes
 from mcjax.ops import choice
 from mcjax.ops.grouped import Weight, expert_map
-from mcjax.ops.popcount import popcount_dot, rounded
-from mcjax.ops.tiled import tiled_dot
+from mcjax.ops.popcount import popcount_dot
+from mcjax.ops.rounding import rounded
+from mcjax.ops.tiled import int8_dot, tiled_dot
 
 
 def dense(weight: Weight, dtype=jnp.float32) -> jax.Array:
@@ -61,7 +62,7 @@ def dot(
     if product == "popcount" and platform == "cpu":
         y = popcount_dot(rows, planes)
     elif product == "tiled":
-        y = tiled_dot(rows if act_bits is None else rounded(rows), planes)
+        y = (tiled_dot if act_bits is None else int8_dot)(rows, planes)
     else:
         experts = jax.tree.map(lambda a: a[None], planes)
         y = expert_rows_dot(rows, experts, jnp.zeros(len(rows), int), None, act_bits, product)

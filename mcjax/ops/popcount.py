@@ -10,23 +10,11 @@ import numpy as np
 
 from mcjax import tables as tables_lib
 from mcjax.bitplane import WORD, BitPlanes
+from mcjax.ops.rounding import quantize_activations
 from mcjax.ops.tiled import backward, fold_tiles
 
 _TWICE_PLACE = np.array([2, 4, 8, 16, 32, 64, 128, -256], np.int32)[:, None, None]
 """Twice what each bit of an int8 stands for."""
-
-
-def quantize_activations(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Rounds rows to int8: int32 values in [-127, 127] of x's shape, and a scale [..., 1]."""
-    peak = jnp.max(jnp.abs(x), axis=-1, keepdims=True).astype(jnp.float32)
-    scale = jnp.where(peak > 0, peak / 127, 1)
-    return jnp.round(x.astype(jnp.float32) / scale).astype(jnp.int32), scale
-
-
-def rounded(x: jax.Array) -> jax.Array:
-    """X with every row rounded to int8 and back, with a straight-through gradient."""
-    level, scale = quantize_activations(x)
-    return x + jax.lax.stop_gradient((level * scale).astype(x.dtype) - x)
 
 
 @jax.custom_vjp

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from jax import lax
 
 from mcjax import tables as tables_lib
 from mcjax.bitplane import BitPlanes, unpack_signs
+from mcjax.ops.rounding import quantize_activations
 
 TILE_BYTES = 4 << 20
 """Largest dequantised tile on a CPU; much larger buffers are mapped anew for every product."""
@@ -29,6 +31,34 @@ def tiled_dot(x: jax.Array, planes: BitPlanes) -> jax.Array:
         return lax.dynamic_update_slice(out, y, (0, start))
 
     return _over_tiles(planes, x.dtype, visit, jnp.zeros((x.shape[0], planes.shape[-1]), x.dtype))
+
+
+@jax.custom_vjp
+def int8_dot(x: jax.Array, planes: BitPlanes) -> jax.Array:
+    """X [N, d_in] times planes [d_in, d_out] as integers: x by rows, weights by output features.
+
+    With unit_o = max_g (|offset_go| + sum_p alpha_gpo) / 127 weights are rounded to multiples of
+    it, as they are unpacked. The gradient is that of the product with x and planes as they are.
+
+    Returns:
+      [N, d_out] of x's dtype.
+    """
+    level, scale = quantize_activations(x)
+    rows = planes.plane_order(level.astype(jnp.int8))
+
+    def prepare(words, alpha, offset):
+        peak = jnp.max(jnp.abs(offset) + jnp.sum(alpha, axis=0), axis=0)
+        unit = jnp.where(peak > 0, peak / 127, 1)
+        return (words, alpha / unit, offset / unit), unit
+
+    def visit(start, own, out):
+        scaled, unit = own
+        weight = jnp.round(unpack_signs(*scaled)).astype(jnp.int8)
+        y = jnp.dot(rows, weight, preferred_element_type=jnp.int32).astype(jnp.float32) * unit
+        return lax.dynamic_update_slice(out, (y * scale).astype(x.dtype), (0, start))
+
+    out = jnp.zeros((x.shape[0], planes.shape[-1]), x.dtype)
+    return _over_decoded(planes, prepare, visit, out)
 
 
 def transposed_dot(cotangent: jax.Array, planes: BitPlanes) -> jax.Array:
@@ -57,6 +87,7 @@ def backward(planes, cotangent):
 
 
 tiled_dot.defvjp(_forward, backward)
+int8_dot.defvjp(lambda x, planes: (int8_dot(x, planes), planes), backward)
 
 
 def _over_tiles(planes: BitPlanes, dtype: Any, visit: Callable, carry: Any) -> Any:
@@ -65,21 +96,31 @@ def _over_tiles(planes: BitPlanes, dtype: Any, visit: Callable, carry: Any) -> A
         from mcjax.ops import unpack as kernel  # what it needs of Pallas is slow to import
 
         return visit(jnp.int32(0), kernel.unpack(planes, dtype), carry)
-    d_out = planes.shape[-1]
-    features = planes.planes.shape[-2] * planes.group_size
-    count = -(-4 * features * d_out // TILE_BYTES)
-    tile = -(-d_out // (128 * count)) * 128  # even tiles, so that the last overlaps little
-    if tile >= d_out:
-        return visit(jnp.int32(0), planes.in_plane_order().astype(dtype), carry)
-
-    def cut(start):
-        own = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, tile, a.ndim - 1), planes)
-        return own.planes, *tables_lib.decode(own.tables[-1], own.bits)
 
     def unpack(start, own, carry):
         return visit(start, unpack_signs(*own).astype(dtype), carry)
 
-    return fold_tiles(d_out, tile, cut, unpack, carry)
+    return _over_decoded(planes, lambda *own: own, unpack, carry)
+
+
+def _over_decoded(planes: BitPlanes, prepare: Callable, visit: Callable, carry: Any) -> Any:
+    """Folds ``visit(start, prepare(words, alpha, offset), carry)`` over the same tiles."""
+    d_out = planes.shape[-1]
+    features = planes.planes.shape[-2] * planes.group_size
+    count = -(-4 * features * d_out // TILE_BYTES)
+    tile = -(-d_out // (128 * count)) * 128  # even tiles, so that the last overlaps little
+
+    def decoded(own):
+        return prepare(own.planes, *tables_lib.decode(own.tables[-1], own.bits))
+
+    if tile >= d_out:
+        return visit(jnp.int32(0), decoded(planes), carry)
+
+    def cut(start):
+        last = partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=tile)
+        return decoded(jax.tree.map(lambda a: last(a, axis=a.ndim - 1), planes))
+
+    return fold_tiles(d_out, tile, cut, visit, carry)
 
 
 def fold_tiles(length: int, tile: int, cut: Callable, visit: Callable, carry: Any) -> Any:
