@@ -180,7 +180,7 @@ def products(
     half = weight.astype(jnp.bfloat16)
     planes = {k: random_planes(jax.random.fold_in(key, k), shape, k) for k in (1, 2, 3, 4)}
     multiply = jax.jit(jnp.dot)
-    ours = {act: jax.jit(partial(dot, act_bits=act)) for act in (None, 8)}
+    ours = {act: jax.jit(partial(dot, act_bits=act)) for act in (None, 8, 16)}
     for count in tokens:
         x = jax.random.normal(jax.random.fold_in(key, 9), (count, shape[0]))
         candidates: dict[str, Callable] = {"jnp.dot float32": partial(multiply, x, weight)}
@@ -189,8 +189,8 @@ def products(
         facts: dict[str, tuple[float, float | None]] = {"jnp.dot float32": (4, None)}
         for k, p in planes.items():
             exact = np.asarray(x, np.float64) @ np.asarray(p.dequantize(), np.float64)
-            for act in (8, None) if count < 256 else (None,):
-                name = f"mcjax {k} bits" + (", int8 activations" if act else "")
+            for act in (8, 16, None) if count < 256 else (8, None):
+                name = f"mcjax {k} bits" + (f", int{act} activations" if act else "")
                 candidates[name] = partial(ours[act], x, p)
                 error = np.linalg.norm(np.asarray(candidates[name]()) - exact)
                 facts[name] = (p.nbytes / weight.size, float(error / np.linalg.norm(exact)))
@@ -271,6 +271,7 @@ def _models() -> dict[str, tuple[Mixtral, Any]]:
     return {
         "dense float32": dense_moe(),
         f"mcjax {BUDGET} bits, int8 activations": served_moe(),
+        f"mcjax {BUDGET} bits, int16 activations": served_moe(act_bits=16),
         f"mcjax {BUDGET} bits": served_moe(act_bits=None),
     }
 

@@ -220,7 +220,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_pruning(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--act-bits", type=int, choices=[8], help="round activations to int8 (artifacts only)"
+        "--act-bits",
+        type=int,
+        choices=[8, 16],
+        help="round activations to so many bits, which makes a CPU several times as fast "
+        "(artifacts only)",
     )
     command.add_argument(
         "--odp", action="store_true", help="skip experts of small routing weight, token by token"

@@ -47,7 +47,7 @@ def evaluate(
       prune: the policy by which `mcjax.odp` skips experts, "affine" or "paper"; None skips none.
       quantile: share of the lower-ranked experts that is skipped on calibration text.
       calibration: a text file, for pruning in a Hugging Face folder; artifacts carry their own.
-      act_bits: 8 rounds activations to int8 before products with an artifact's planes.
+      act_bits: rounds activations to 8 or 16 bits before products with an artifact's planes.
       progress: wraps the iteration over batches, called with (items, description=...).
 
     Returns:

@@ -148,7 +148,7 @@ def load(
       allocation: each expert's width [L, E] instead. Without any of the three, all planes.
       attention_bits: width of the attention's weights, 4 or 8.
       dtype: of activations.
-      act_bits: None, or 8 to round activations to int8 before products with planes.
+      act_bits: None, or 8 or 16 bits to round activations to, see `mcjax.dot`.
       prune: None, or the policy by which `mcjax.odp` skips experts, "affine" or "paper".
       quantile: share of the lower-ranked experts that is skipped on calibration text.
 

@@ -110,7 +110,7 @@ def test_greedy_is_the_full_forward_pass(artifact):
     np.testing.assert_array_equal(got, likeliest[len(prompt) - 1 : -1])
 
 
-@pytest.mark.parametrize("prune", [None, "affine"])
+@pytest.mark.parametrize("prune", [pytest.param(None, marks=pytest.mark.slow), "affine"])
 def test_batch_equals_single_prompts(artifact, prune):
     model = mcjax.load(artifact, bits=3, prune=prune)
     together = np.stack(list(generate.generate(model.module, model.params, PROMPTS, 6)), axis=1)

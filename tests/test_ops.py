@@ -17,16 +17,16 @@ def weights(*shape):
     return jnp.asarray(RNG.normal(size=shape), jnp.float32)
 
 
-@pytest.mark.parametrize("act_bits", [None, 8])
+@pytest.mark.parametrize("act_bits", [None, 8, 16])
 @pytest.mark.parametrize("bits", [1, 3, 4, 8])
 @pytest.mark.parametrize("d_in", [64, 144])
 def test_dot(act_bits, bits, d_in):
     planes, x = mcjax.quantize(weights(d_in, 6), bits=bits).slice(bits), weights(2, 3, d_in)
     exact = x
-    if act_bits == 8:
-        rounded, scale = quantize_activations(x)
+    if act_bits is not None:
+        rounded, scale = quantize_activations(x, act_bits)
         exact = rounded * scale
-        assert np.abs(rounded).max() == 127
+        assert np.abs(rounded).max() == 2 ** (act_bits - 1) - 1
     expected = np.asarray(exact, np.float64) @ np.asarray(planes.dequantize(), np.float64)
     got = mcjax.dot(x, planes, act_bits=act_bits)
     assert got.shape == (2, 3, 6) and got.dtype == x.dtype
@@ -124,6 +124,8 @@ def test_choice():
     assert choice.product("cpu", 1, 4, 8) == "popcount"
     assert choice.product("cpu", 512, 2, 8) == "tiled"
     assert choice.product("cpu", 1, 2, None) == "tiled"
+    assert choice.product("cpu", 12, 4, 16) == "popcount"
+    assert choice.product("cpu", 13, 4, 16) == "tiled"
     assert choice.product("tpu", 1, 2, None) == "pallas"
     assert [choice.product("gpu", rows, 2, None) for rows in (1, 4, 5, 512, 2048)] == [
         *("popcount",) * 2,

@@ -224,7 +224,7 @@ class Net(nn.Module):
         return Dense(4, spec=self.spec, bits=self.bits)(x.reshape(x.shape[0], -1))
 
 
-@pytest.mark.parametrize("act_bits", [None, 8, 4])
+@pytest.mark.parametrize("act_bits", [None, pytest.param(8, marks=pytest.mark.slow), 4])
 def test_layers_train_at_every_width(act_bits):
     spec = qat.QuantSpec(widths=(8, 2, 1), act_bits=act_bits)
     net = Net(spec)

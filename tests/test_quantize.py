@@ -224,7 +224,7 @@ def test_bad_weights():
         mcjax.quantize(jnp.ones((64, 4), int))
 
 
-@pytest.mark.parametrize("chunk", [1, 64 * 5, 64 * 24 * 2])
+@pytest.mark.parametrize("chunk", [pytest.param(1, marks=pytest.mark.slow), 64 * 5, 64 * 24 * 2])
 def test_chunks_change_nothing(chunk):
     problems = [problem(64, 24, seed=seed) for seed in range(3)]
     w = jnp.stack([w for w, _ in problems])

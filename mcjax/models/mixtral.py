@@ -300,7 +300,7 @@ class Mixtral(nn.Module):
       config: its sizes.
       planes: widths of its weights, or None for dense arrays.
       dtype: of activations and products.
-      act_bits: None, or 8 to round activations to int8 before products with planes.
+      act_bits: None, or 8 or 16 bits to round activations to, see `mcjax.dot`.
       prune: None, or a policy of `mcjax.odp`, for which each layer's `moe` holds a `threshold`
         and, with "affine", a `slope` and an `intercept`.
     """

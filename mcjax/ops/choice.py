@@ -10,6 +10,9 @@ POPCOUNT_WORK = 72
 72 rows at 2 bits, 24 at 4, any number at 1. What it costs grows with rows and planes, what
 multiplying costs with rows, beyond unpacking the weight for all of them."""
 
+POPCOUNT_WORK_16 = 48
+"""Rows times planes up to which counting bits of 16-bit rows beats multiplying in float32."""
+
 POPCOUNT_ROWS = {"cpu": 16, "gpu": 4}
 """Most rows of one expert for which a block is made as small as they are; on a GPU also the most
 that are multiplied by counting bits."""
@@ -22,8 +25,8 @@ EXPERT_ROWS = {"cpu": 192}
 
 
 def counts(platform: str, act_bits: int | None) -> bool:
-    """Whether bits can be counted: of rows rounded to int8; on a GPU also of others, to 16 bits."""
-    return platform == "gpu" or (platform == "cpu" and act_bits == 8)
+    """Whether bits can be counted: of rows that may be rounded, and on a GPU of any."""
+    return platform == "gpu" or (platform == "cpu" and act_bits is not None)
 
 
 def product(platform: str, rows: int, bits: float, act_bits: int | None) -> str:
@@ -33,7 +36,7 @@ def product(platform: str, rows: int, bits: float, act_bits: int | None) -> str:
       platform: "cpu", "gpu" or "tpu".
       rows: of activations that meet one weight, an expert's share of them on average.
       bits: planes of the weight.
-      act_bits: 8 if activations are rounded to int8.
+      act_bits: 8 or 16 if activations may be rounded to so many.
 
     Returns:
       One of `PRODUCTS`.
@@ -44,8 +47,8 @@ def product(platform: str, rows: int, bits: float, act_bits: int | None) -> str:
         if rows <= POPCOUNT_ROWS["gpu"]:
             return "popcount"
         return "pallas" if rows <= KERNEL_ROWS else "tiled"
-    few = rows * (bits - 1) <= POPCOUNT_WORK
-    return "popcount" if counts(platform, act_bits) and few else "tiled"
+    most = {None: 0.0, 8: POPCOUNT_WORK / max(bits - 1, 1e-9), 16: POPCOUNT_WORK_16 / bits}
+    return "popcount" if rows <= most[act_bits] else "tiled"
 
 
 def expert_rows(platform: str, rows: int, experts: int, act_bits: int | None) -> int:

@@ -1,7 +1,8 @@
-"""Products by counting bits: int8 activations cut into planes of their own."""
+"""Products by counting bits: activations of 8 or 16 bits cut into planes of their own."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,17 +14,14 @@ from mcjax.bitplane import WORD, BitPlanes
 from mcjax.ops.rounding import quantize_activations
 from mcjax.ops.tiled import backward, fold_tiles
 
-_TWICE_PLACE = np.array([2, 4, 8, 16, 32, 64, 128, -256], np.int32)[:, None, None]
-"""Twice what each bit of an int8 stands for."""
 
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+@partial(jax.jit, static_argnums=2)  # traced once a shape, not for each of a model's weights
+def popcount_dot(x: jax.Array, planes: BitPlanes, act_bits: int = 8) -> jax.Array:
+    """X [N, d_in] times planes [d_in, d_out] with x rounded to `act_bits` by rows.
 
-@jax.custom_vjp
-@jax.jit  # traced once for each shape, not for each of a model's weights
-def popcount_dot(x: jax.Array, planes: BitPlanes) -> jax.Array:
-    """X [N, d_in] times planes [d_in, d_out] with x rounded to int8 by rows.
-
-    With q planes of x (c_q = 2^q, c_7 = -128), S_g the sum of x over group g and offsets
-    ``r_g sum_p alpha_gp``:
+    With q planes of x (c_q = 2^q, of the last its negative), S_g the sum of x over group g and
+    offsets ``r_g sum_p alpha_gp``:
 
         y_o = s sum_g sum_p alpha_gp [2 sum_q c_q popcount(b_gp & x_gq) + (r_g - 1) S_g]
 
@@ -33,14 +31,16 @@ def popcount_dot(x: jax.Array, planes: BitPlanes) -> jax.Array:
       [N, d_out] of x's dtype.
     """
     bits, words, groups, _ = planes.planes.shape
-    level, scale = quantize_activations(x)
+    level, scale = quantize_activations(x, act_bits)
     level = jnp.pad(level, ((0, 0), (0, groups * planes.group_size - planes.d_in)))
     level = level.reshape(-1, groups, words, WORD)
     total = jnp.sum(level, axis=(-1, -2)).astype(jnp.float32)
     shifts = jnp.arange(WORD, dtype=jnp.uint32)
-    place = jnp.arange(8, dtype=jnp.uint32)[:, None, None, None]
+    place = jnp.arange(act_bits, dtype=jnp.uint32)[:, None, None, None]
+    twice = 2 ** np.arange(1, act_bits + 1, dtype=np.int32)[:, None, None]
+    twice[-1] *= -1
     bit = (level.astype(jnp.uint32)[:, None] >> place) & 1
-    activation = jnp.sum(bit << shifts, axis=-1, dtype=jnp.uint32)  # [N, 8, groups, words]
+    activation = jnp.sum(bit << shifts, axis=-1, dtype=jnp.uint32)  # [N, act_bits, groups, words]
     table, last = planes.tables[-1], tables_lib.num_steps(bits) - 1
     relative: Any = -1.0
     if tables_lib.has_offset(bits):
@@ -53,15 +53,20 @@ def popcount_dot(x: jax.Array, planes: BitPlanes) -> jax.Array:
     # Array axes rather than sums written out: a third of the program, and no slower.
     def one_row(i, row, y):
         activation, total = row
-        count: Any = 0
-        for v in range(words):
-            both = planes.planes[:, None, v] & activation[0, :, :, v, None]
-            count = count + jax.lax.population_count(both)  # [bits, 8, groups, d_out]
-        count = jnp.sum(count.astype(jnp.int32) * _TWICE_PLACE, axis=1).astype(jnp.float32)
-        each = alpha * (count + relative * total[0, :, None])
-        # A sum by a product with ones leaves all of the above one fused pass on CPU.
-        each, ones = each.reshape(bits * groups, -1), jnp.ones((1, bits * groups))
-        return jax.lax.dynamic_update_slice(y, jnp.dot(ones, each, precision="highest"), (i, 0))
+        out = jnp.zeros((1, planes.shape[-1]))
+        for first in range(0, act_bits, 8):  # of more at once XLA on CPU makes no single pass
+            count: Any = 0
+            for v in range(words):
+                both = planes.planes[:, None, v] & activation[0, first : first + 8, :, v, None]
+                count = count + jax.lax.population_count(both)  # [bits, 8, groups, d_out]
+            count = count.astype(jnp.int32) * twice[first : first + 8]
+            each = jnp.sum(count, axis=1).astype(jnp.float32)
+            if first == 0:
+                each = each + relative * total[0, :, None]
+            # A sum by a product with ones leaves all of the above one fused pass on CPU.
+            each, ones = (alpha * each).reshape(bits * groups, -1), jnp.ones((1, bits * groups))
+            out = out + jnp.dot(ones, each, precision="highest")
+        return jax.lax.dynamic_update_slice(y, out, (i, 0))
 
     rows = activation, total
 
@@ -73,8 +78,8 @@ def popcount_dot(x: jax.Array, planes: BitPlanes) -> jax.Array:
     return (y * scale).astype(x.dtype)
 
 
-def _forward(x, planes):
-    return popcount_dot(x, planes), planes
+def _forward(x, planes, act_bits):
+    return popcount_dot(x, planes, act_bits), planes
 
 
-popcount_dot.defvjp(_forward, backward)
+popcount_dot.defvjp(_forward, lambda act_bits, planes, cotangent: backward(planes, cotangent))
