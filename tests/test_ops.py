@@ -124,8 +124,8 @@ def test_choice():
     assert choice.product("cpu", 1, 4, 8) == "popcount"
     assert choice.product("cpu", 512, 2, 8) == "tiled"
     assert choice.product("cpu", 1, 2, None) == "tiled"
-    assert choice.product("cpu", 12, 4, 16) == "popcount"
-    assert choice.product("cpu", 13, 4, 16) == "tiled"
+    assert choice.product("cpu", 9, 4, 16) == "popcount"
+    assert choice.product("cpu", 10, 4, 16) == "tiled"
     assert choice.product("tpu", 1, 2, None) == "pallas"
     assert [choice.product("gpu", rows, 2, None) for rows in (1, 4, 5, 512, 2048)] == [
         *("popcount",) * 2,

@@ -10,7 +10,7 @@ POPCOUNT_WORK = 72
 72 rows at 2 bits, 24 at 4, any number at 1. What it costs grows with rows and planes, what
 multiplying costs with rows, beyond unpacking the weight for all of them."""
 
-POPCOUNT_WORK_16 = 48
+POPCOUNT_WORK_16 = 36
 """Rows times planes up to which counting bits of 16-bit rows beats multiplying in float32."""
 
 POPCOUNT_ROWS = {"cpu": 16, "gpu": 4}
