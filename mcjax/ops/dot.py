@@ -32,8 +32,9 @@ def dot(
       planes: a weight of logical shape [d_in, d_out].
       act_bits: None multiplies in x's own type; 8 or 16 lets every row of x be rounded to so many
         bits first, a deliberate change of numerics by which few rows can be multiplied by counting
-        bits. 8 costs some accuracy, 16 less than bfloat16 does. On a GPU
-        rows are rounded in any case, to 16 bits if not to 8, and each group with its own scale.
+        bits. 8 costs some accuracy, 16 less than bfloat16 does; with 8 a CPU multiplies many rows
+        as int8 with weights rounded likewise. On a GPU few rows are rounded in any case, to 16 bits
+        if not to 8, and each group has its own scale.
       product: "popcount", "tiled", or "pallas" for kernels on GPU and TPU; None for the quickest
         here, see `mcjax.ops.choice`.
 
@@ -62,8 +63,10 @@ def dot(
         )
     if product == "popcount" and platform == "cpu":
         y = popcount_dot(rows, planes, act_bits)
+    elif product == "tiled" and act_bits == 8 and platform == "cpu":
+        y = int8_dot(rows, planes)
     elif product == "tiled":
-        y = (int8_dot if act_bits == 8 else tiled_dot)(rows, planes)
+        y = tiled_dot(rounded(rows) if act_bits == 8 else rows, planes)
     else:
         experts = jax.tree.map(lambda a: a[None], planes)
         y = expert_rows_dot(rows, experts, jnp.zeros(len(rows), int), None, act_bits, product)

@@ -1,23 +1,17 @@
-"""Pallas kernels for GPU and TPU: rows grouped by expert, times planes, one tile at a time.
+"""Rows grouped by expert, times planes, by Pallas kernels for GPU and TPU.
 
-A *unit* is what one word of a group holds: 32 input features of each of `G` consecutive groups.
-Bit j of its words is one slab of the weight, [G, block_out], elementwise with the table entries of
-the same G groups, so a slab is made in registers without moving anything. The features of x are
-put in that order instead, once, while its rows are gathered: x becomes [units, rows, 32 * G] with
-unit ``tile * words + v`` and, inside, feature ``j * G + g`` for bit j and group g of the tile.
+Both kernels take rows in blocks of one expert each, planned here, and make the weight a slab at a
+time: bit j of a tile of words, elementwise with table entries, in registers and without moving
+anything. The features of x are put in that order instead, once, while its rows are gathered. The
+GPU's kernel is in `mcjax.ops.triton`; rows too few for its matrix units are `mcjax.ops.dp4a`'s.
 
-Both kernels share that order, the plan of blocks and how a slab is made. They differ in the rest:
-
-* GPU (Triton): a program owns [block_rows, block_out] of the result and loops over units and bits,
-  one ``[block_rows, G] @ [G, block_out]`` product a bit, since register tiles cannot be joined
-  cheaply there. When the grid is too small for the device, units are split over programs and their
-  partial sums added afterwards. Rows too few for the matrix unit are `mcjax.ops.dp4a`'s.
-* TPU (Mosaic): stacking 32 slabs of whole tiles of registers moves nothing, so the grid visits a
-  unit at a time and multiplies all its ``32 * G`` features at once, for few rows too. Experts
-  steer the copies of planes through scalar prefetch, and the grid ends at the last block that has
-  rows.
-
-JAX deprecates its Triton backend from 0.11 on, without a date; `_gpu_call` is all that needs it.
+On TPU (Mosaic) a *unit* is what one word of a group holds: 32 input features of each of G groups.
+x becomes [units, rows, 32 * G] with unit ``tile * words + v`` and, inside, feature ``j * G + g``
+for bit j and group g of the tile. Stacking 32 slabs of whole tiles of registers moves nothing, so
+the grid visits a unit at a time and multiplies all its ``32 * G`` features at once, for few rows
+too.
+Experts steer the copies of planes through scalar prefetch, and the grid ends at the last block that
+has rows.
 """
 
 from __future__ import annotations
@@ -42,7 +36,6 @@ TARGETS = ("gpu", "tpu")
 _LEAST = 16  # rows, groups or outputs that a product on a GPU's matrix unit takes at least
 _MOST_ROWS = {"gpu": 256, "tpu": 128}
 _LANES = 128
-_PROGRAMS = 512  # about four for each multiprocessor of a data-centre GPU
 
 
 def supported(shape: Sequence[int], group_size: int, width: int, dtype: Any) -> bool:
@@ -100,14 +93,14 @@ def grouped_dot(
 
     Args:
       x: float32 or bfloat16 [N, d_in].
-      planes: a weight of logical shape [E, d_in, d_out]; each width of `MixedPlanes` is one kernel
-        call, over its own experts' blocks alone.
+      planes: a weight of logical shape [E, d_in, d_out]; on TPU each width of `MixedPlanes` is one
+        kernel call, over its own experts' blocks alone.
       index: int [N], each row's expert.
       keep: bool [N] or None for all.
       block_rows: rows of a block, a power of two (at least 16 are taken); by default twice what an
         expert has on average, at most 256 (on TPU 128).
       block_out: output features of a block, a power of two (on GPU at least 16 are taken, on TPU
-        128); by default 64 to 256.
+        128); by default 128 on GPU and 256 on TPU.
       target: "gpu" or "tpu" takes that kernel; None takes the one of the platform that the program
         is lowered for, and plain JAX on others or where nothing is `supported`.
       interpret: runs the kernel (that of the GPU unless `target` says otherwise) in Pallas'
