@@ -1,6 +1,6 @@
 """A Mixtral-8x7B-shaped block of experts from planes, beside the same in bfloat16.
 
-    python benchmarks/layer.py [--out FILE]
+    python benchmarks/layer.py --out FILE [--only layer|quantise]
 
 For a GPU: about 40 GB of its memory, torch, bitsandbytes and hqq being measured too where they are
 installed. Everything is random but the arithmetic. `--hidden 256 --inner 512` runs it anywhere.
