@@ -34,20 +34,18 @@ def draw(facts, path):
 
     figure, axis = plt.subplots(figsize=(6, 4.4), layout="constrained")
     tokens = sorted({row["tokens"] for row in facts["products"]})
-    for act in (", int8 activations", ""):
+    for act, style in (("int8", "o-"), ("int16", "^:"), ("float", "s--")):
+        suffix = "" if act == "float" else f", {act} activations"
         for i, count in enumerate(tokens):
             rows = [
-                (int(row["name"].split()[1]), row["speedup"])
+                (k, row["speedup"])
+                for k in (1, 2, 3, 4)
                 for row in facts["products"]
-                if row["name"].startswith("mcjax")
-                and row["tokens"] == count
-                and row["name"].endswith("activations") == bool(act)
+                if row["name"] == f"mcjax {k} bits{suffix}" and row["tokens"] == count
             ]
             if rows:
-                label = f"{count} token{'s' if count > 1 else ''}{act}"
-                axis.plot(
-                    *zip(*rows, strict=True), "o-" if act else "s--", color=f"C{i}", label=label
-                )
+                label = f"{count} token{'s' if count > 1 else ''}, {act}"
+                axis.plot(*zip(*rows, strict=True), style, color=f"C{i}", label=label)
     axis.axhline(1, color="grey", linewidth=0.8)
     axis.set(
         xlabel="bits of a weight", ylabel="times as fast as jnp.dot, float32", xticks=[1, 2, 3, 4]
