@@ -41,13 +41,12 @@ def models(config):
     rounded = MoE(config, WIDTHS, act_bits=8)
     x = jax.ShapeDtypeStruct((1, 1, config.hidden_size), jnp.bfloat16)
     params = bench.random_params(planes, x, jnp.bfloat16)
-    experts = {}
-    for name, shape in jax.eval_shape(dense.init, jax.random.key(0), x)["params"][
-        "experts"
-    ].items():
-        key = jax.random.key(len(experts))
-        values = jax.random.normal(key, shape.shape, jnp.bfloat16) * shape.shape[1] ** -0.5
-        experts[name] = values.astype(jnp.bfloat16)
+    like = jax.eval_shape(dense.init, jax.random.key(0), x)["params"]["experts"]
+    experts = {
+        # Drawn on the device: `random_params` would take a minute for a billion numbers.
+        name: jax.random.normal(jax.random.key(i), leaf.shape, jnp.bfloat16) * leaf.shape[1] ** -0.5
+        for i, (name, leaf) in enumerate(like.items())
+    }
     return {
         "mcjax dense bfloat16": (dense, {"router": params["router"], "experts": experts}),
         "mcjax 2.125 bits": (planes, params),
@@ -117,8 +116,8 @@ def torch_layers(params, x, steps):
 
     device = "cuda" if jax.default_backend() == "gpu" else "cpu"
 
-    def tensor(array, kind=torch.bfloat16):
-        return torch.from_numpy(np.array(array.astype(jnp.float32))).to(device, kind)
+    def tensor(array):
+        return torch.from_numpy(np.array(array.astype(jnp.float32))).to(device, torch.bfloat16)
 
     rows = tensor(x).reshape(-1, x.shape[-1])
     weights, index = (np.asarray(a) for a in _route(params, x.reshape(-1, x.shape[-1])))

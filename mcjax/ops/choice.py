@@ -13,9 +13,11 @@ multiplying costs with rows, beyond unpacking the weight for all of them."""
 POPCOUNT_WORK_16 = 36
 """Rows times planes up to which counting bits of 16-bit rows beats multiplying in float32."""
 
-POPCOUNT_ROWS = {"cpu": 16, "gpu": 4}
-"""Most rows of one expert for which a block is made as small as they are; on a GPU also the most
-that are multiplied by counting bits."""
+POPCOUNT_ROWS = 16
+"""Most rows of one expert for which a CPU makes a block as small as they are, to count bits."""
+
+DP4A_ROWS = 4
+"""Most rows of one expert that are multiplied by counting bits on a GPU."""
 
 KERNEL_ROWS = 768
 """Most rows of one expert for which the kernel beats dequantising a weight on a GPU."""
@@ -44,7 +46,7 @@ def product(platform: str, rows: int, bits: float, act_bits: int | None) -> str:
     if platform == "tpu":
         return "pallas"
     if platform == "gpu":
-        if rows <= POPCOUNT_ROWS["gpu"]:
+        if rows <= DP4A_ROWS:
             return "popcount"
         return "pallas" if rows <= KERNEL_ROWS else "tiled"
     most = {None: 0.0, 8: POPCOUNT_WORK / max(bits - 1, 1e-9), 16: POPCOUNT_WORK_16 / bits}
@@ -65,7 +67,7 @@ def expert_rows(platform: str, rows: int, experts: int, act_bits: int | None) ->
       act_bits: as in `product`.
     """
     share = -(-rows // experts)
-    if counts(platform, act_bits) and share <= POPCOUNT_ROWS[platform]:
+    if platform == "cpu" and act_bits is not None and share <= POPCOUNT_ROWS:
         return 1 << (share - 1).bit_length()
     blocks = -(-share // EXPERT_ROWS.get(platform, share))
     return min(rows, -(-9 * share // (8 * 32 * blocks)) * 32)

@@ -286,7 +286,7 @@ def _multiply(config, rows: Rounded, weights: Weights, plan: Plan) -> jax.Array:
 def _kernel(interpret, num_weights, widths, owner, slots, source, packed, scale, *refs):
     *held, out = refs
     block, column, split = (pl.program_id(axis) for axis in range(3))
-    columns = pl.cdiv(out.shape[-1], _BLOCK_OUT)
+    columns, block_rows = pl.cdiv(out.shape[-1], _BLOCK_OUT), source.shape[0] // owner.shape[0]
     for w in range(num_weights):
         for s, width in enumerate(widths):
             at = 2 * (w * len(widths) + s)
@@ -294,28 +294,25 @@ def _kernel(interpret, num_weights, widths, owner, slots, source, packed, scale,
 
             @pl.when((owner[block] == s) & (column // columns == w))
             def _(w=w, width=width, planes=planes, table=table):
-                rows = slots, source, packed, scale
-                _one_block(
-                    interpret, width, *rows, planes, table, out, block, w, column % columns, split
-                )
+                # A row that only fills a block up reads any row; nothing reads what it gives.
+                first, last = block * block_rows, packed.shape[0] - 1
+                own = [jnp.minimum(source[first + r], last) for r in range(block_rows)]
+                rows, weight = (own, packed, scale), (planes, table, slots[block])
+                place = block, w, column % columns, split
+                _one_block(interpret, width, rows, weight, out, place)
 
 
-def _one_block(
-    interpret, width, slots, source, packed, scale, planes, table, out, block, weight, column, split
-):
+def _one_block(interpret, width, rows, weight, out, place):
+    own, packed, scale = rows
+    planes, table, slot = weight
+    block, kind, column, split = place
     _, _, words, groups, d_out = planes.shape
     limbs, tiles = packed.shape[1], packed.shape[-1] // _TILE
-    splits, _, rows, _ = out.shape
-    block_rows = rows // slots.shape[0]
+    splits, block_rows = out.shape[0], len(own)
     outs = pl.ds(column * _BLOCK_OUT, _BLOCK_OUT)
     inside = None
     if d_out % _BLOCK_OUT:
         inside = column * _BLOCK_OUT + lax.broadcasted_iota(jnp.int32, (1, _BLOCK_OUT), 1) < d_out
-    slot = slots[block]
-    # A row that only fills a block up reads any row; nothing reads what it gives.
-    own = [
-        jnp.minimum(source[block * block_rows + r], packed.shape[0] - 1) for r in range(block_rows)
-    ]
     shape = (_TILE, _BLOCK_OUT)
 
     def load(ref, tile, *place):
@@ -372,7 +369,7 @@ def _one_block(
         [jnp.zeros(shape, jnp.float32)] * block_rows,
     )
     for r, total in enumerate(totals):
-        at = out.at[split, jnp.int32(weight), block * block_rows + r, outs]
+        at = out.at[split, jnp.int32(kind), block * block_rows + r, outs]
         mask = None if inside is None else inside.reshape(_BLOCK_OUT)
         pltriton.store(at, jnp.sum(total, axis=0), mask=mask)
 
