@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 _FREE_WIDTHS = 4
 _OFFSET_FREE = (4,)
@@ -51,7 +52,7 @@ def has_offset(width: int) -> bool:
     return width not in _OFFSET_FREE
 
 
-def basis(width: int) -> jax.Array:
+def basis(width: int) -> np.ndarray:
     """How stored steps make up the alphas of a width.
 
     Returns:
@@ -59,8 +60,8 @@ def basis(width: int) -> jax.Array:
       row ``2^(k-1-p) / 2`` for uniform ones.
     """
     if width <= _FREE_WIDTHS:
-        return jnp.eye(width, dtype=jnp.float32)
-    return (2.0 ** jnp.arange(width - 2, -2, -1, dtype=jnp.float32))[None]
+        return np.eye(width, dtype=np.float32)
+    return (2.0 ** np.arange(width - 2, -2, -1, dtype=np.float32))[None]
 
 
 def round_step(step: jax.Array) -> tuple[jax.Array, jax.Array]:

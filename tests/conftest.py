@@ -1,5 +1,6 @@
 """A small random Mixtral folder, its artifact, and strict promotion for every test."""
 
+import gc
 import os
 import sys
 import tempfile
@@ -40,6 +41,14 @@ CONFIG = MixtralConfig(
 def pytest_collection_modifyitems(items):
     """Notebooks first: long tests of one file, at the end of which one worker would be alone."""
     items.sort(key=lambda item: item.path.name != "test_notebooks.py")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Frees a file's compiled programs: Linux lets a process map 65530 regions, each maps some."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -57,7 +57,7 @@ def test_feedback_pass_equals_its_transcription():
     copies = np.repeat(np.asarray(w, np.float64)[None], 3, axis=0)
     expected = np.zeros((64, 4), int)
     for i, o in itertools.product(range(64), range(4)):
-        levels = [np.asarray(v) for v in nested._levels([t[i // 32] for t in tables], widths)]
+        levels = [np.asarray(v) for v in nested._levels(tables[i // 32], widths)]
         cost = [
             sum(
                 lam * (copies[k, i, o] - levels[k][code >> (2 - k), o]) ** 2
@@ -72,20 +72,20 @@ def test_feedback_pass_equals_its_transcription():
     assert np.mean(got != expected) < 0.02
 
 
-def objective(w, gram, codes, tables, widths, lambdas, group_size):
-    values = np.asarray(nested._all_values(codes, tables, widths, group_size), np.float64)
-    gap = np.asarray(w, np.float64) - values
-    return np.einsum("k,kio,ij,kjo->o", lambdas, gap, np.asarray(gram, np.float64), gap)
+def objective(w, gram, codes, tables, widths, lambdas):
+    values = np.asarray(nested.matrix_values(codes, tables, widths), np.float64)
+    gap = np.asarray(w, np.float64)[:, None] - values
+    return np.einsum("k,iko,ij,jko->o", lambdas, gap, np.asarray(gram, np.float64), gap)
 
 
 def test_descent_never_raises_the_objective():
     w, x = problem(64, 8)
     gram, widths, lambdas = condition(x.T @ x), (1, 2, 3, 4), jnp.array([1.0, 3.0, 9.0, 27.0])
     codes, tables = nested.initial_tables(w, jnp.diagonal(gram), widths, lambdas, 32)
-    before = objective(w, gram, codes, tables, widths, lambdas, 32)
+    before = objective(w, gram, codes, tables, widths, lambdas)
     for _ in range(4):
         codes, tables = nested.descend(w, gram, codes, tables, widths, lambdas, 32, 1)
-        after = objective(w, gram, codes, tables, widths, lambdas, 32)
+        after = objective(w, gram, codes, tables, widths, lambdas)
         assert (after <= before * (1 + 1e-4)).all()
         before = after
 
@@ -96,9 +96,9 @@ def test_descent_reaches_a_brute_force_optimum_of_single_codes():
     gram, widths, lambdas = condition(x.T @ x), (1, 2), jnp.array([1.0, 3.0])
     codes, tables = nested.initial_tables(w, jnp.diagonal(gram), widths, lambdas, 32)
     codes, tables = nested.descend(w, gram, codes, tables, widths, lambdas, 32, 60)
-    best = objective(w, gram, codes, tables, widths, lambdas, 32)
+    best = objective(w, gram, codes, tables, widths, lambdas)
     for i, code in itertools.product(range(32), range(4)):
-        changed = objective(w, gram, codes.at[i].set(code), tables, widths, lambdas, 32)
+        changed = objective(w, gram, codes.at[i].set(code), tables, widths, lambdas)
         assert (changed >= best * (1 - 1e-4)).all()
 
 
@@ -136,9 +136,8 @@ def test_without_gram_codes_are_the_nearest():
     w = jnp.asarray(np.random.default_rng(0).normal(size=(64, 5)), jnp.float32)
     planes = mcjax.quantize(w, bits=3, group_size=32, widths=(3,))
     codes, values = np.asarray(planes.codes()), np.asarray(planes.dequantize())
-    tables = jnp.swapaxes(planes.tables[0], 0, 1)
     for g in range(2):
-        levels = np.asarray(nested._levels([tables[g]], (3,))[0])
+        levels = np.asarray(nested._levels(planes.tables[0][:, g, None], (3,))[0])
         rows = slice(32 * g, 32 * g + 32)
         gap = np.abs(np.asarray(w)[rows, None] - levels[None])
         np.testing.assert_allclose(
