@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_bitplane import random_planes
 
 import mcjax
 from mcjax import tables
@@ -21,7 +22,7 @@ def weights(*shape):
 @pytest.mark.parametrize("bits", [1, 3, 4, 8])
 @pytest.mark.parametrize("d_in", [64, 144])
 def test_dot(act_bits, bits, d_in):
-    planes, x = mcjax.quantize(weights(d_in, 6), bits=bits).slice(bits), weights(2, 3, d_in)
+    planes, x = random_planes((d_in, 6), bits, None).slice(bits), weights(2, 3, d_in)
     exact = x
     if act_bits is not None:
         rounded, scale = quantize_activations(x, act_bits)
@@ -38,7 +39,7 @@ def test_dot(act_bits, bits, d_in):
 @pytest.mark.parametrize("act_bits", [None, 8])
 @pytest.mark.parametrize("allocation", [None, 2, (3, 1, 2, 1)])
 def test_expert_dot(act_bits, allocation):
-    planes = mcjax.quantize(weights(4, 64, 6), bits=3)
+    planes = random_planes((4, 64, 6), 3, 64)
     planes = planes if allocation is None else planes.slice(allocation)
     x, index = weights(10, 64), jnp.asarray(RNG.integers(0, 4, (10, 2)))
     keep = jnp.asarray(RNG.random((10, 2)) < 0.7)
@@ -58,7 +59,7 @@ def test_expert_dot(act_bits, allocation):
 
 
 def test_expert_dot_crosses_block_borders():
-    planes = mcjax.quantize(weights(3, 32, 4), bits=2)
+    planes = random_planes((3, 32, 4), 2).slice(2)
     x = weights(500, 32)
     index = jnp.asarray(RNG.choice(3, (500, 1), p=[0.9, 0.0, 0.1]))
     expected = jnp.einsum("ti,tkio->tko", x, planes.dequantize()[index])
@@ -66,7 +67,7 @@ def test_expert_dot_crosses_block_borders():
 
 
 def test_gradient_with_respect_to_x():
-    planes = mcjax.quantize(weights(3, 32, 4), bits=2)
+    planes = random_planes((3, 32, 4), 2).slice(2)
     x, index = weights(5, 32), jnp.asarray(RNG.integers(0, 3, (5, 2)))
     got = jax.grad(lambda x: jnp.sum(jnp.sin(mcjax.expert_dot(x, planes, index))))(x)
     dense = planes.dequantize()
@@ -75,14 +76,14 @@ def test_gradient_with_respect_to_x():
 
 
 def test_bad_shapes():
-    planes = mcjax.quantize(weights(64, 6), bits=2)
+    planes = random_planes((64, 6), 2, 64)
     with pytest.raises(ValueError, match="does not multiply"):
         mcjax.dot(weights(3, 63), planes)
     with pytest.raises(ValueError, match="act_bits"):
         mcjax.dot(weights(3, 64), planes, act_bits=4)
     with pytest.raises(ValueError, match="does not multiply"):
         mcjax.expert_dot(weights(3, 64), planes, jnp.zeros((3, 2), int))
-    experts = mcjax.quantize(weights(2, 64, 6), bits=2)
+    experts = random_planes((2, 64, 6), 2, 64)
     with pytest.raises(ValueError, match="must be"):
         mcjax.expert_dot(weights(3, 64), experts, jnp.zeros((4, 2), int))
 
@@ -92,7 +93,7 @@ def test_bad_shapes():
 def test_both_products_and_their_gradients(product, bits, monkeypatch):
     """Several overlapping tiles; the gradient is that of the dequantised product for both."""
     monkeypatch.setattr(tiled, "TILE_BYTES", 1 << 16)
-    planes = mcjax.quantize(weights(150, 300), bits=bits, group_size=32).slice(bits)
+    planes = random_planes((150, 300), bits, 32).slice(bits)
     x = weights(5, 150)
     level, scale = quantize_activations(x)
     dense = np.asarray(planes.dequantize(), np.float64)
@@ -113,7 +114,7 @@ def test_both_products_and_their_gradients(product, bits, monkeypatch):
 
 
 def test_orders_of_features():
-    planes = mcjax.quantize(weights(150, 7), bits=3, group_size=32)
+    planes = random_planes((150, 7), 3, 32)
     x = weights(2, 150)
     np.testing.assert_array_equal(planes.feature_order(planes.plane_order(x)), x)
     weight = planes.feature_order(planes.in_plane_order().T).T
@@ -139,7 +140,7 @@ def test_choice():
     assert choice.expert_rows("cpu", 4096, 8, None) == 192
     assert choice.expert_rows("gpu", 8192, 8, None) == 1152
     assert choice.draft_act_bits("cpu", None) == 8 and choice.draft_act_bits("gpu", None) is None
-    planes = mcjax.quantize(weights(64, 6), bits=2)
+    planes = random_planes((64, 6), 2, 64)
     with pytest.raises(ValueError, match="'lookup'"):
         mcjax.dot(weights(3, 64), planes, product="lookup")
     with pytest.raises(ValueError, match="act_bits=8"):
@@ -148,7 +149,7 @@ def test_choice():
 
 def test_a_decoding_step_holds_no_dequantised_expert():
     """Its temporaries are smaller than one dequantised expert matrix."""
-    planes = mcjax.quantize(weights(8, 512, 1024), bits=2).slice((2, 1, 1, 2, 2, 2, 1, 2))
+    planes = random_planes((8, 512, 1024), 2, 128).slice((2, 1, 1, 2, 2, 2, 1, 2))
     x, index = weights(1, 512), jnp.asarray([[3, 1]])
     compiled = jax.jit(lambda x, p, i: mcjax.expert_dot(x, p, i, act_bits=8)).lower(
         x, planes, index

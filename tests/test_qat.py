@@ -12,8 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mcjax import qat, tree
-from mcjax.bitplane import unpack
+from mcjax import bitplane, qat, tree
 from mcjax.models.layers import BatchNorm, Conv, Dense
 
 RNG = np.random.default_rng(0)
@@ -26,8 +25,11 @@ SPECS = [
 ]
 
 
+init_quantizer = jax.jit(qat.init_quantizer, static_argnums=1)
 freeze = jax.jit(qat.freeze, static_argnums=2)
+codes = jax.jit(qat.codes, static_argnums=2)
 fake_quant = jax.jit(qat.fake_quant, static_argnums=(2, 3))
+unpack = jax.jit(bitplane.unpack)
 
 
 def weight(*shape):
@@ -53,12 +55,14 @@ def test_frozen_is_what_was_trained(spec, shape):
     if spec.group_size == 64 and shape[1] == 144:
         shape = (2, 128, 7)
     w = weight(*shape)
-    quantizer = qat.init_quantizer(w, spec)
+    quantizer = init_quantizer(w, spec)
     # Tables as training leaves them: anywhere, not on storable values.
-    quantizer = jax.tree.map(lambda a: a + 0.1 * RNG.normal(size=a.shape), quantizer)
+    quantizer = jax.tree.map(
+        lambda a: np.asarray(a) + 0.1 * RNG.normal(size=a.shape).astype("f"), quantizer
+    )
     planes = freeze(w, quantizer, spec)
     assert planes.widths == tuple(reversed(spec.widths)) and planes.shape == shape
-    code = jax.jit(qat.codes, static_argnums=2)(w, quantizer, spec)
+    code = codes(w, quantizer, spec)
     np.testing.assert_array_equal(unpack(planes.planes), code)
     for k in spec.widths:
         trained = fake_quant(w, quantizer, spec, k)
@@ -72,8 +76,8 @@ def test_frozen_is_what_was_trained(spec, shape):
 def test_codes_are_optimal(widths):
     spec = qat.QuantSpec(widths=widths, group_size=32)
     w = weight(32, 3)
-    quantizer = qat.init_quantizer(w, spec)
-    planes = qat.freeze(w, quantizer, spec)
+    quantizer = init_quantizer(w, spec)
+    planes = freeze(w, quantizer, spec)
     top = widths[0]
     counted = [k for k in widths if k <= 4 or k == top]
     cost = 0.0
@@ -85,7 +89,7 @@ def test_codes_are_optimal(widths):
             values.append(offset[0] + sum(s * alpha[p, 0] for p, s in enumerate(signs)))
         level = np.array(values)[np.arange(2**top) >> (top - k)]  # [codes, d_out]
         cost = cost + 4.0**k * (np.asarray(w)[None] - level[:, None]) ** 2
-    got = np.asarray(qat.codes(w, quantizer, spec)).astype(int)
+    got = np.asarray(codes(w, quantizer, spec)).astype(int)
     mine = np.take_along_axis(cost, got[None], axis=0)[0]
     np.testing.assert_allclose(mine, cost.min(axis=0), rtol=1e-3, atol=1e-6)
 
@@ -99,7 +103,7 @@ def decode(planes, k):
 def test_jit_equals_eager_equals_vmap():
     spec = qat.QuantSpec(widths=(4, 2), group_size=32)
     w = weight(3, 64, 4)
-    quantizer = qat.init_quantizer(w, spec)
+    quantizer = init_quantizer(w, spec)
     eager = qat.fake_quant(w, quantizer, spec, 2)
     np.testing.assert_allclose(fake_quant(w, quantizer, spec, 2), eager, atol=1e-6)
     each = jax.vmap(lambda w, q: qat.fake_quant(w, q, spec, 2))(w, quantizer)
@@ -109,18 +113,18 @@ def test_jit_equals_eager_equals_vmap():
 def test_gradients():
     spec = qat.QuantSpec(widths=(4, 2), group_size=32)
     w = weight(32, 2).at[0, 0].set(50.0)  # far outside the range of the tables
-    quantizer = qat.init_quantizer(weight(32, 2), spec)
+    quantizer = init_quantizer(weight(32, 2), spec)
     pull = weight(32, 2)
 
     def loss(w, quantizer):
         return jnp.sum(pull * qat.fake_quant(w, quantizer, spec, 2))
 
     of_w, of_tables = jax.grad(loss, argnums=(0, 1))(w, quantizer)
-    alpha, offset = (np.asarray(a) for a in decode(qat.freeze(w, quantizer, spec), 4))
+    alpha, offset = (np.asarray(a) for a in decode(freeze(w, quantizer, spec), 4))
     inside = np.abs(w - offset) <= alpha.sum(axis=0)
     assert not inside[0, 0] and inside.mean() > 0.9
     np.testing.assert_allclose(of_w, np.where(inside, pull, 0), atol=1e-6)
-    bits = np.asarray(unpack(qat.freeze(w, quantizer, spec).slice(2).planes)).astype(int)
+    bits = np.asarray(unpack(freeze(w, quantizer, spec).slice(2).planes)).astype(int)
     steps = np.exp2(np.asarray(quantizer["2"]["steps"]))[:, 0]
     half, ratio = steps.sum(axis=0), np.asarray(quantizer["2"]["offset"])[0]
     for p in range(2):

@@ -411,14 +411,7 @@ def _inverse(a):
 
     def sweep(p, a):
         scaled = a[p] / a[p, p]
-        return (
-            (a - a[p][:, None] * scaled)
-            .at[:, p]
-            .set(scaled)
-            .at[p]
-            .set(scaled)
-            .at[p, p]
-            .set(-1 / a[p, p])
-        )
+        swept = (a - a[p][:, None] * scaled).at[:, p].set(scaled).at[p].set(scaled)
+        return swept.at[p, p].set(-1 / a[p, p])
 
     return -lax.fori_loop(0, len(a), sweep, a)
