@@ -34,7 +34,7 @@ class LayerGrams(NamedTuple):
     hardly reaches has its layer's inputs to go by (ours).
 
     Attributes:
-      attention_input: float32 [D, D], inputs of q, k and v.
+      attention_input: float32 [D, D], inputs of qkv.
       attention_output: float32 [Q, Q], inputs of o.
       expert_input: float32 [E, D, D], inputs of gate and up.
       expert_hidden: float32 [E, F, F], inputs of down.

@@ -29,10 +29,11 @@ from mcjax.bitplane import BitPlanes, MixedPlanes, draft_widths
 from mcjax.convert import read_json
 from mcjax.odp import PruningStatistics
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 INTERCEPT = "moe.intercept"
 EXPERT_WEIGHTS = ("gate", "up", "down")
+ATTENTION_WEIGHTS = ("qkv", "o")
 
 
 def save_tree(directory: Path, tree: Mapping[str, Any], chunked: Iterable[str]) -> dict[str, list]:
@@ -248,9 +249,9 @@ def read_layer(
         dense = [n for n in names if ".plane_" not in n and ".table_" not in n and n != INTERCEPT]
         params = _read_dense(reader, checkpoint, dense)
         params["attention"] = {}
-        for p in "qkvo":
-            leaf = f"attention.{p}"
-            params["attention"][p] = read_planes(
+        for name in ATTENTION_WEIGHTS:
+            leaf = f"attention.{name}"
+            params["attention"][name] = read_planes(
                 reader, checkpoint, leaf, (attention_bits,), **geometry[leaf]
             )
     else:

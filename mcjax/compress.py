@@ -225,7 +225,7 @@ def _quantize_layer(layer, params, x, starts, batch, identity, experts):
             weights=(1.0, 1.0),
             sweeps=sweeps,
         )
-        for name in "qkvo"
+        for name in checkpoint.ATTENTION_WEIGHTS
     }
     if experts is None:
         experts = {

@@ -112,9 +112,13 @@ class HuggingFaceFolder:
         return {
             "attention_norm": {"scale": read("input_layernorm.weight", (d,))},
             "attention": {
-                "q": read("self_attn.q_proj.weight", (q, d)).T,
-                "k": read("self_attn.k_proj.weight", (kv, d)).T,
-                "v": read("self_attn.v_proj.weight", (kv, d)).T,
+                "qkv": np.concatenate(
+                    [
+                        read(f"self_attn.{name}_proj.weight", (features, d)).T
+                        for name, features in (("q", q), ("k", kv), ("v", kv))
+                    ],
+                    axis=1,
+                ),
                 "o": read("self_attn.o_proj.weight", (d, q)).T,
             },
             "moe_norm": {"scale": read("post_attention_layernorm.weight", (d,))},
@@ -238,8 +242,11 @@ def write_hugging_face(
         at, layer = f"model.layers.{i}.", params[f"layer_{i}"]
         tensors[at + "input_layernorm.weight"] = layer["attention_norm"]["scale"]
         tensors[at + "post_attention_layernorm.weight"] = layer["moe_norm"]["scale"]
-        for name in "qkvo":
-            w = np.asarray(layer["attention"][name])
+        attention = layer["attention"]
+        q = config.num_attention_heads * config.head_dim
+        kv = config.num_key_value_heads * config.head_dim
+        split = np.split(np.asarray(attention["qkv"]), (q, q + kv), axis=1)
+        for name, w in zip("qkvo", [*split, np.asarray(attention["o"])], strict=True):
             tensors[at + f"self_attn.{name}_proj.weight"] = w.T
         moe = at + "block_sparse_moe."
         tensors[moe + "gate.weight"] = np.asarray(layer["moe"]["router"]).T

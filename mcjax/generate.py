@@ -39,7 +39,7 @@ def prefill(
       tokens: int [B, T], padded at the end.
       length: int [B], tokens that are not padding.
       cache: empty.
-      key: of the sampling.
+      key: of the sampling, None where nothing is drawn.
       sampling: how tokens are drawn.
       chunk: most tokens at once; each chunk attends to those before it in the cache.
 
@@ -163,9 +163,12 @@ def generate_blocks(
             f"prompt tokens must be 0 to {config.vocab_size - 1}, got {padded.min()} to "
             f"{padded.max()}"
         )
-    key = jax.random.key(0) if key is None else key
+    if sampling.temperature == 0 and draft is None:
+        key = None  # nothing is drawn
+    elif key is None:
+        key = jax.random.key(0)
     cache = empty_cache(config, len(prompts), window, module.dtype)
-    length = jnp.asarray(lengths)
+    length = np.asarray(lengths, np.int32)
     written, cache = prefill(module, params, padded, length, cache, key, sampling)
     written = np.array(written)
     yield written[:, None]
@@ -189,7 +192,7 @@ def generate_blocks(
         ended = np.isin(written, stop_tokens)
         if ended.all():
             return
-        key = jax.random.fold_in(key, i)
+        key = None if key is None else jax.random.fold_in(key, i)
         token, cache = decode(module, params, written, length + i - 1, cache, key, sampling)
         written = np.where(ended, written, token)
         yield written[:, None]
@@ -200,7 +203,7 @@ def _verified(
     rows: list[list[int]],
     lengths: Sequence[int],
     cache: Any,
-    key: jax.Array,
+    key: Any,
     max_new_tokens: int,
     stop_tokens: Sequence[int],
     tally: Tally,

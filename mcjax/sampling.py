@@ -50,8 +50,10 @@ def filter_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
     return logits
 
 
-def sample(key: jax.Array, logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """Draws tokens int32 [...] from logits [..., V]."""
+def sample(key: jax.Array | None, logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """Draws tokens int32 [...] from logits [..., V]; at temperature 0 it needs no key."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if key is None:
+        raise ValueError(f"drawing at temperature {sampling.temperature} needs a key")
     return jax.random.categorical(key, filter_logits(logits, sampling)).astype(jnp.int32)

@@ -15,12 +15,16 @@ from mcjax.models import Mixtral
 
 
 def test_starts_as_the_artifact(model_folder, artifact):
-    """At the widest width the model is the artifact's; narrower ones are close to it."""
+    """At the widest width the model is nearly the artifact's; narrower ones are close to it.
+
+    A code that serves the narrower widths better may stand for a value beside (1 % in norm), and
+    with that much a token of this random model may meet another expert.
+    """
     folder = HuggingFaceFolder(model_folder)
     trained, kept, specs = once_lm.start(artifact, folder.read(np.float32))
     tokens = np.random.default_rng(0).integers(0, 300, (2, 16))
     module = Mixtral(folder.config)
-    for bits, most in ((3, 0.02), (2, 0.3), (1, 0.5)):
+    for bits, most in ((3, 0.05), (2, 0.3), (1, 0.5)):
         params = once_lm.served_at(trained, kept, specs, bits)
         got = module.apply({"params": params}, tokens)
         expected = mcjax.load(artifact, bits=bits)(tokens)

@@ -95,13 +95,13 @@ class Attention(nn.Module):
             planes = weight(self, name, (x.shape[-1], d_out), self.bits, self.group_size)
             return dot(x, planes, self.act_bits)
 
-        q = project("q", x, heads * head_dim).reshape(batch, length, heads, head_dim)
-        k = project("k", x, kv_heads * head_dim).reshape(batch, length, kv_heads, head_dim)
-        v = project("v", x, kv_heads * head_dim).reshape(batch, length, kv_heads, head_dim)
+        qkv = project("qkv", x, (heads + 2 * kv_heads) * head_dim)
+        qkv = qkv.reshape(batch, length, -1, head_dim)
         whole = length if cache is None else cache.keys.shape[2]
         cos, sin = rope.angles(c, positions, whole)
-        q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
-        k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+        qk = rope.rotate(qkv[:, :, : heads + kv_heads], cos, sin)
+        q, k = qk[:, :, :heads], jnp.swapaxes(qk[:, :, heads:], 1, 2)
+        v = jnp.swapaxes(qkv[:, :, heads + kv_heads :], 1, 2)
         key_positions = positions
         if cache is not None:
             place = (
@@ -360,6 +360,7 @@ class Mixtral(nn.Module):
         return logits if cache is None else (logits, tuple(caches))
 
 
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def empty_cache(
     config: MixtralConfig, batch: int, length: int, dtype: Any = jnp.float32
 ) -> tuple[Cache, ...]:

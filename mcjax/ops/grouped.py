@@ -69,22 +69,25 @@ class _Groups(NamedTuple):
 
 def _group(index, keep, num_experts) -> _Groups:
     key = jnp.where(keep, index, num_experts)
-    count = jnp.bincount(key, length=num_experts + 1)[:num_experts]
+    expert = jnp.arange(num_experts)
+    count = jnp.sum(key == expert[:, None], axis=1)
     return _Groups(
         jnp.argsort(count == 0, stable=True),
         jnp.sum(count > 0),
         jnp.argsort(key, stable=True),
-        jnp.cumsum(count) - count,
+        # Of few experts: a bincount and a cumsum are a scatter and a dozen small programs in XLA.
+        jnp.sum(jnp.where(expert < expert[:, None], count, 0), axis=1),
         count,
     )
 
 
 def _loop(groups: _Groups, block, weights, visit, carry):
-    """Visits every block of every active expert: ``visit(one, expert, rows, valid, carry)``.
+    """Visits every block of every active expert: ``visit(one, expert, start, valid, carry)``.
 
-    `one` is the expert's weights, `rows` int [block] the rows of x, `valid` which of them count.
+    `one` is the expert's weights, `start` the block's first place in `order`, `valid` which of its
+    rows are the expert's. Rows after those are visited again as their own experts', which come
+    later, or belong to none.
     """
-    last = groups.order.shape[0] - 1
 
     def one_expert(i, carry):
         expert = _at(groups.active, i)
@@ -92,16 +95,25 @@ def _loop(groups: _Groups, block, weights, visit, carry):
 
         def blocks(one):
             def one_block(b, carry):
-                place = b * block + jnp.arange(block)
-                valid = place < rows_of
-                rows = groups.order[jnp.minimum(first + place, last)]
-                return visit(one, expert, rows, valid, carry)
+                valid = b * block + jnp.arange(block) < rows_of
+                return visit(one, expert, first + b * block, valid, carry)
 
             return lax.fori_loop(0, -(-rows_of // block), one_block, carry)
 
         return select_expert(weights, expert, blocks)
 
     return lax.fori_loop(0, groups.num_active, one_expert, carry)
+
+
+def _sorted(rows, groups: _Groups, block):
+    """Rows [N, ...] as `order` lists them, with room for a block to begin at any of them."""
+    return jnp.pad(rows[groups.order], ((0, block), (0, 0)))
+
+
+def _unsorted(rows, groups: _Groups, keep):
+    """The inverse of `_sorted`, 0 where a row is not kept."""
+    place = jnp.zeros_like(groups.order).at[groups.order].set(jnp.arange(len(keep)))
+    return jnp.where(keep[:, None], rows[place], 0)
 
 
 def select_expert(weights: tuple[Weight, ...], expert: jax.Array, function: Callable) -> Any:
@@ -141,12 +153,15 @@ def _at(tree: Any, i: jax.Array) -> Any:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _expert_map(function, block, weights, x, index, keep):
-    def visit(one, expert, rows, valid, out):
-        y = function(one, x[rows])
-        return out.at[jnp.where(valid, rows, x.shape[0])].set(y.astype(out.dtype), mode="drop")
+    groups = _group(index, keep, weights[0].shape[0])
+    rows = _sorted(x, groups, block)
 
-    out = jnp.zeros((x.shape[0], weights[-1].shape[-1]), x.dtype)
-    return _loop(_group(index, keep, weights[0].shape[0]), block, weights, visit, out)
+    def visit(one, expert, start, valid, out):
+        y = function(one, lax.dynamic_slice_in_dim(rows, start, block))
+        return lax.dynamic_update_slice_in_dim(out, y.astype(out.dtype), start, axis=0)
+
+    out = jnp.zeros((len(rows), weights[-1].shape[-1]), x.dtype)
+    return _unsorted(_loop(groups, block, weights, visit, out), groups, keep)
 
 
 def _forward(function, block, weights, x, index, keep):
@@ -156,22 +171,24 @@ def _forward(function, block, weights, x, index, keep):
 def _backward(function, block, residuals, cotangent):
     weights, x, index, keep = residuals
     trained = not any(isinstance(w, BitPlanes | MixedPlanes) for w in weights)
+    groups = _group(index, keep, weights[0].shape[0])
+    rows, changes = _sorted(x, groups, block), _sorted(cotangent, groups, block)
 
-    def visit(one, expert, rows, valid, carry):
-        of_weights, of_x = carry
-        change = jnp.where(valid[:, None], cotangent[rows], 0)
+    def visit(one, expert, start, valid, carry):
+        of_weights, of_rows = carry
+        own = lax.dynamic_slice_in_dim(rows, start, block)
+        change = lax.dynamic_slice_in_dim(changes, start, block)
+        change = jnp.where(valid[:, None], change, 0)
         if trained:
-            of_one, of_rows = jax.vjp(function, one, x[rows])[1](change)
+            of_one, of_own = jax.vjp(function, one, own)[1](change)
             of_weights = jax.tree.map(lambda a, d: a.at[expert].add(d), of_weights, of_one)
         else:
-            (of_rows,) = jax.vjp(lambda r: function(one, r), x[rows])[1](change)
-        place = jnp.where(valid, rows, x.shape[0])
-        return of_weights, of_x.at[place].set(of_rows, mode="drop")
+            (of_own,) = jax.vjp(lambda r: function(one, r), own)[1](change)
+        return of_weights, lax.dynamic_update_slice_in_dim(of_rows, of_own, start, axis=0)
 
     zeros = jax.tree.map(jnp.zeros_like, weights) if trained else None
-    groups = _group(index, keep, weights[0].shape[0])
-    of_weights, of_x = _loop(groups, block, weights, visit, (zeros, jnp.zeros_like(x)))
-    return of_weights, of_x, None, None
+    of_weights, of_rows = _loop(groups, block, weights, visit, (zeros, jnp.zeros_like(rows)))
+    return of_weights, _unsorted(of_rows, groups, keep), None, None
 
 
 _expert_map.defvjp(_forward, _backward)
