@@ -108,11 +108,13 @@ def decode(table: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
 
 def offset_ratio(code: jax.Array) -> jax.Array:
     """What a stored offset stands for, in half spans."""
-    return (code.astype(jnp.float32) - 128) / _OFFSET_STEPS
+    return code.astype(jnp.float32) / _OFFSET_STEPS - 128 / _OFFSET_STEPS
 
 
 def step_value(code: jax.Array) -> jax.Array:
     """The step size that a code stands for."""
-    exponent = (code.astype(jnp.float32) - 128) / _STEPS_PER_OCTAVE
-    beyond = exponent - jnp.clip(exponent, -_FINE_OCTAVES, _FINE_OCTAVES)
-    return jnp.where(code == 0, 0.0, jnp.exp2(exponent + beyond * _TAPER + _CENTER))
+    exponent = code.astype(jnp.float32) / _STEPS_PER_OCTAVE - 128 / _STEPS_PER_OCTAVE
+    # The taper's three lines: of slope 1 in the middle, above the lower and below the upper one.
+    steep, reach = (1 + _TAPER) * exponent, _TAPER * _FINE_OCTAVES
+    tapered = jnp.maximum(jnp.minimum(exponent, steep + reach), steep - reach)
+    return jnp.where(code == 0, 0.0, jnp.exp2(tapered + _CENTER))

@@ -153,6 +153,13 @@ def test_sampling_filters():
     np.testing.assert_allclose(share, [0.5, 0.3, 0.15, 0.05], atol=0.015)
 
 
+def test_only_drawing_needs_a_key():
+    logits = jnp.array([0.0, 2.0, 1.0])
+    assert generate.sample(None, logits, generate.Sampling()) == 1
+    with pytest.raises(ValueError, match=r"temperature 0\.5 needs a key"):
+        generate.sample(None, logits, generate.Sampling(temperature=0.5))
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [

@@ -252,3 +252,19 @@ def test_chunks_bound_the_memory():
 def test_a_chunk_must_hold_a_weight():
     with pytest.raises(ValueError, match="at least 1 weight, got 0"):
         mcjax.quantize(jnp.ones((32, 4)), chunk=0)
+
+
+@pytest.mark.parametrize("widths", [(1, 2, 3, 4), (2, 8), (3,)])
+def test_nearest_code_is_the_best_to_the_last_bits_of_its_cost(widths):
+    rng = np.random.default_rng(0)
+    bits = widths[-1]
+    levels = [rng.normal(size=(2**k, 50)).astype(np.float32) for k in widths]
+    target = rng.normal(size=(len(widths), 50)).astype(np.float32)
+    lambdas = 4.0 ** np.arange(len(widths), dtype=np.float32)
+    code = np.asarray(jax.jit(nested._nearest)(target, levels, lambdas))
+    cost = sum(
+        lam * (t - np.repeat(level, 2 ** (bits - k), axis=0).astype(np.float64)) ** 2
+        for lam, t, level, k in zip(lambdas, target, levels, widths, strict=True)
+    )
+    mine = np.take_along_axis(cost, code[None], axis=0)[0]
+    assert (mine <= cost.min(axis=0) * (1 + 2.0 ** (bits - 22)) + 1e-12).all()

@@ -16,7 +16,7 @@ over one code per weight and one table per width, group and channel. Three steps
 Arrays have features first, then widths, then output features, so that all widths meet the Gram
 matrix in one product. In this file tables are uint8 [groups, rows, widths, d_out], one group's
 [rows, widths, d_out]: the step sizes, as many as the width with most has, and last the offset;
-what a width does not have stays 0. A width's alphas and offset are its *coefficients*, float32
+what a width does not have is ignored. A width's alphas and offset are its *coefficients*, float32
 [bits + 1, widths, d_out]: those of the signs of the bits, and of 1.
 """
 
@@ -375,7 +375,7 @@ def _refit(table, codes, pull, gram, widths):
       widths: as in `quantize_matrix`.
     """
     mixing = _mixing(widths)
-    used = jnp.asarray(mixing.any(-1)[..., None])  # [rows, widths, 1]
+    used = mixing.any(-1)[..., None]  # [rows, widths, 1]
     rows = len(table)
     design = jnp.stack(_design(codes, widths[-1]), axis=1)  # [group_size, bits + 1, d_out]
     weighted = gram[:, None, None] * design if gram.ndim == 1 else _product(gram, design)
@@ -392,16 +392,14 @@ def _refit(table, codes, pull, gram, widths):
     def round_one(state, p):
         best, inverse = state
         code, value = tables_lib.round_step(best[p])
-        value = jnp.where(used[p], value, 0)
         share = inverse[p] / inverse[p, p]
         best = best + share * (value - best[p])
-        return (best, inverse - inverse[p][:, None] * share), (jnp.where(used[p], code, 0), value)
+        return (best, inverse - inverse[p][:, None] * share), (code, value)
 
     (best, _), (codes, steps) = lax.scan(round_one, (best, inverse), jnp.arange(rows - 1))
     code, offset = tables_lib.round_offset(best[-1], _half_span(steps, widths))
-    codes = jnp.concatenate([codes, jnp.where(used[-1], code, 0)[None]])
-    numbers = jnp.concatenate([steps, jnp.where(used[-1], offset, 0)[None]])
-    step = numbers - old
+    codes = jnp.concatenate([codes, code[None]])
+    step = jnp.concatenate([steps, offset[None]]) - old
     change = jnp.einsum("rwo,rswo,swo->wo", step, a, step) - 2 * jnp.sum(step * g, axis=0)
     return jnp.where(change < 0, codes, table)
 
