@@ -32,7 +32,7 @@ from jax import lax
 from mcjax import tables as tables_lib
 
 BLOCK = 8
-"""Features between which errors are fed one by one; what follows them gets theirs in one product.
+"""Features between which errors are fed one by one; those before them come in one product.
 It divides every group size."""
 
 
@@ -93,19 +93,25 @@ def initial_tables(w, diagonal, widths, lambdas, group_size, rounds=8):
 
     def one_group(group):
         w, diagonal = group  # [group_size, d_out], [group_size]
-        target = jnp.broadcast_to(w[:, None], (group_size, len(widths), d_out))
 
-        def codes_for(table):
-            levels = _levels(table, widths)
-            return jax.vmap(lambda t: _nearest(t, levels, lambdas))(target)
+        def code_of(row, levels):
+            return _nearest(jnp.broadcast_to(row, (len(widths), d_out)), levels, lambdas)
 
         def refine(_, table):
-            codes = codes_for(table)
-            gap = target - _values(codes, _coefficients(table, widths))
-            return _refit(table, codes, diagonal[:, None, None] * gap, diagonal, widths)
+            levels = _levels(table, widths)
+
+            def term(row):
+                value, importance = row
+                x = jnp.stack(_design(code_of(value, levels), widths[-1]))
+                return importance * x[:, None] * x, importance * value * x
+
+            square, pulled = _sum_rows(term, (w, diagonal))  # X' H X and X' H w
+            held = jnp.einsum("pqo,qwo->pwo", square, _coefficients(table, widths))
+            return _refit(table, square, pulled[:, None] - held, widths)
 
         table = lax.fori_loop(0, rounds, refine, _first_table(w, diagonal, widths))
-        return codes_for(table), table
+        levels = _levels(table, widths)
+        return lax.map(lambda row: code_of(row, levels), w), table
 
     groups = (w.reshape(-1, group_size, d_out), diagonal.reshape(-1, group_size))
     codes, tables = lax.map(one_group, groups)
@@ -140,7 +146,7 @@ def feedback_pass(w, factor, tables, widths, lambdas, group_size):
 
         block = lax.dynamic_slice_in_dim(w, start, group_size)[:, None]
         block = block - _product(columns.T, errors)
-        _, codes, own = _one_by_one(block, corner, choose)
+        codes, own = _one_by_one(block, corner, choose)
         return lax.dynamic_update_slice_in_dim(errors, own, start, axis=0), codes
 
     _, codes = lax.scan(one_group, jnp.zeros(shape), jnp.arange(len(w) // group_size))
@@ -177,8 +183,17 @@ def descend(w, gram, codes, tables, widths, lambdas, group_size, sweeps):
             code = _nearest(old[i] + pull / corner[i, i], levels, lambdas)
             return code, _values(code, coefficients) - old[i]
 
-        pull, after, _ = _one_by_one(_product(rows, gap), corner, choose)  # H (w - W_k)
-        table = _refit(tables[g], after, pull, corner, widths)
+        pull = _product(rows, gap)  # H (w - W_k) before anything changes
+        after, changes = _one_by_one(pull, corner, choose)
+        design = jnp.stack(_design(after, widths[-1]), axis=1)  # X: [group_size, bits + 1, d_out]
+
+        def term(row):
+            x, weighted, pull, change = row
+            return x[:, None] * weighted, x[:, None] * pull - weighted[:, None] * change
+
+        # X' H X and X' H (w - W_k), which is X' pull less what the changes took off it.
+        square, pulled = _sum_rows(term, (design, _product(corner, design), pull, changes))
+        table = _refit(tables[g], square, pulled, widths)
         own = lax.dynamic_slice_in_dim(w, start, group_size)[:, None]
         own = own - _values(after, _coefficients(table, widths))
         codes = lax.dynamic_update_slice_in_dim(codes, after, start, axis=0)
@@ -225,32 +240,32 @@ def _product(matrix, values):
 
 def _one_by_one(
     state: jax.Array, influence: jax.Array, choose: Callable
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Chooses codes feature by feature; each choice takes its influence off the others' state.
+) -> tuple[jax.Array, jax.Array]:
+    """Chooses codes feature by feature; each choice takes its influence off later ones' state.
 
     Args:
       state: float32 [G, widths, d_out].
-      influence: [G, G]; row i times feature i's change is taken off the state.
+      influence: [G, G]; row i times feature i's change is taken off the features after it.
       choose: (i, state of feature i [widths, d_out]) -> code [d_out], change [widths, d_out].
 
     Returns:
-      The state at the end, codes [G, d_out] and changes [G, widths, d_out].
+      Codes [G, d_out] and changes [G, widths, d_out].
     """
 
-    def one_block(state, start):
-        rows = lax.dynamic_slice_in_dim(influence, start, BLOCK)
-        corner = lax.dynamic_slice_in_dim(rows, start, BLOCK, axis=1)
+    def one_block(changes, start):
+        columns = lax.dynamic_slice_in_dim(influence, start, BLOCK, axis=1)
+        corner = lax.dynamic_slice_in_dim(columns, start, BLOCK)
 
         def one_feature(own, i):
             code, change = choose(start + i, own[i])
             return own - corner[i][:, None, None] * change, (code, change)
 
-        own = lax.dynamic_slice_in_dim(state, start, BLOCK)
-        _, (codes, changes) = lax.scan(one_feature, own, jnp.arange(BLOCK))
-        return state - _product(rows.T, changes), (codes, changes)
+        own = lax.dynamic_slice_in_dim(state, start, BLOCK) - _product(columns.T, changes)
+        _, (codes, own) = lax.scan(one_feature, own, jnp.arange(BLOCK))
+        return lax.dynamic_update_slice_in_dim(changes, own, start, axis=0), codes
 
-    state, each = lax.scan(one_block, state, jnp.arange(0, len(state), BLOCK))
-    return state, *(a.reshape(-1, *a.shape[2:]) for a in each)
+    changes, codes = lax.scan(one_block, jnp.zeros_like(state), jnp.arange(0, len(state), BLOCK))
+    return codes.reshape(len(state), -1), changes
 
 
 def _mixing(widths):
@@ -359,57 +374,76 @@ def _clipping(w, diagonal, width, mean, floor):
     return jnp.take_along_axis(codes, best[None], axis=0)[0]
 
 
-def _refit(table, codes, pull, gram, widths):
+def _sum_rows(term, rows):
+    """The sum of ``term(row)`` over the first axis of the arrays of `rows`."""
+    if jax.default_backend() != "cpu":
+        return jax.tree.map(lambda a: jnp.sum(a, axis=0), jax.vmap(term)(rows))
+    # One by one: XLA on CPU vectorises each addition, but no sum over the first axis.
+    like = jax.eval_shape(term, jax.tree.map(lambda a: a[0], rows))
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like)
+
+    def add(total, row):
+        return jax.tree.map(jnp.add, total, term(row)), None
+
+    return lax.scan(add, zeros, rows)[0]
+
+
+def _refit(table, square, pulled, widths):
     """Least squares of one group's table for fixed codes, rounded, kept where it helps.
 
     With the design X of `_design`, mixed for each width into S, a change d of a table's numbers
-    (steps, offset) changes the objective by d'Ad - 2 d'g with A = S' H S and g = S' H (w - W);
-    X' H X is the same for all widths. Numbers are rounded one after another, each moving those
-    after it to their new optimum, the way GPTQ rounds weights.
+    (steps, offset) changes the objective by d'Ad - 2 d'g with A = S' H S and g = S' H (w - W).
+    Numbers are rounded one after another, each moving those after it to their new optimum, the way
+    GPTQ rounds weights.
 
     Args:
       table: uint8 [rows, widths, d_out].
-      codes: int32 [group_size, d_out].
-      pull: H (w - W) on the group, float32 [group_size, widths, d_out].
-      gram: the group's corner of H, [group_size, group_size], or its diagonal [group_size].
+      square: X' H X, the same for all widths: float32 [bits + 1, bits + 1, d_out].
+      pulled: X' H (w - W_k), float32 [bits + 1, widths, d_out].
       widths: as in `quantize_matrix`.
     """
     mixing = _mixing(widths)
     used = mixing.any(-1)[..., None]  # [rows, widths, 1]
     rows = len(table)
-    design = jnp.stack(_design(codes, widths[-1]), axis=1)  # [group_size, bits + 1, d_out]
-    weighted = gram[:, None, None] * design if gram.ndim == 1 else _product(gram, design)
-    square = jnp.sum(design[:, :, None] * weighted[:, None], axis=0)  # X' H X: [p, q, d_out]
-    pulled = jnp.sum(design[:, :, None] * pull[:, None], axis=0)  # X' H (w - W): [p, widths, d_out]
     a = jnp.einsum("rwp,pqo,swq->rswo", mixing, square, mixing)
     g = jnp.einsum("rwp,pwo->rwo", mixing, pulled)
     ridge = 1e-6 * jnp.einsum("rrwo->wo", a) + 1e-30
     eye = np.eye(rows, dtype=np.float32)[:, :, None, None]
-    inverse = _inverse(a + eye * jnp.where(used, ridge, 1))
     old = _numbers(table, widths)
-    best = old + jnp.einsum("rswo,swo->rwo", inverse, g)
+    lower, right = _eliminate(a + eye * jnp.where(used, ridge, 1), g + _times(a, old))
 
-    def round_one(state, p):
-        best, inverse = state
-        code, value = tables_lib.round_step(best[p])
-        share = inverse[p] / inverse[p, p]
-        best = best + share * (value - best[p])
-        return (best, inverse - inverse[p][:, None] * share), (code, value)
+    def round_one(numbers, p):
+        best = (right[p] - jnp.sum(lower[p] * numbers, axis=0)) / lower[p, p]
+        code, value = tables_lib.round_step(best)
+        return numbers.at[p].set(value), code
 
-    (best, _), (codes, steps) = lax.scan(round_one, (best, inverse), jnp.arange(rows - 1))
-    code, offset = tables_lib.round_offset(best[-1], _half_span(steps, widths))
+    steps, codes = lax.scan(round_one, jnp.zeros_like(old), jnp.arange(rows - 1))
+    best = (right[-1] - jnp.sum(lower[-1] * steps, axis=0)) / lower[-1, -1]
+    code, offset = tables_lib.round_offset(best, _half_span(steps[:-1], widths))
     codes = jnp.concatenate([codes, code[None]])
-    step = jnp.concatenate([steps, offset[None]]) - old
-    change = jnp.einsum("rwo,rswo,swo->wo", step, a, step) - 2 * jnp.sum(step * g, axis=0)
+    step = steps.at[-1].set(offset) - old
+    change = jnp.sum(step * (_times(a, step) - 2 * g), axis=0)
     return jnp.where(change < 0, codes, table)
 
 
-def _inverse(a):
-    """Inverse of small positive definite matrices [rows, rows, ...] by the sweep operator."""
+def _times(matrices, vectors):
+    """Matrices [rows, rows, ...] times vectors [rows, ...]."""
+    return jnp.sum(matrices * vectors, axis=1)
 
-    def sweep(p, a):
-        scaled = a[p] / a[p, p]
-        swept = (a - a[p][:, None] * scaled).at[:, p].set(scaled).at[p].set(scaled)
-        return swept.at[p, p].set(-1 / a[p, p])
 
-    return -lax.fori_loop(0, len(a), sweep, a)
+def _eliminate(a, g):
+    """Small systems a z = g, positive definite, as lower triangular ones with the same solution.
+
+    Args:
+      a: [rows, rows, ...].
+      g: [rows, ...].
+    """
+
+    def upwards(i, state):
+        a, g = state
+        p = len(a) - 1 - i
+        above = jnp.arange(len(a)) < p
+        share = jnp.where(above.reshape(-1, *[1] * (g.ndim - 1)), a[:, p] / a[p, p], 0)
+        return a - share[:, None] * a[p], g - share * g[p]
+
+    return lax.fori_loop(0, len(a) - 1, upwards, (a, g))
