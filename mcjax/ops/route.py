@@ -28,8 +28,8 @@ def route(logits: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
 
 def plain(logits: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """`route` in plain JAX."""
-    weights, index = lax.top_k(jax.nn.softmax(logits, axis=-1), k)
-    return weights / jnp.sum(weights, axis=-1, keepdims=True), index
+    best, index = lax.top_k(logits, k)
+    return jax.nn.softmax(best, axis=-1), index
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1, 2))
