@@ -268,3 +268,19 @@ def test_nearest_code_is_the_best_to_the_last_bits_of_its_cost(widths):
     )
     mine = np.take_along_axis(cost, code[None], axis=0)[0]
     assert (mine <= cost.min(axis=0) * (1 + 2.0 ** (bits - 22)) + 1e-12).all()
+
+
+@pytest.mark.parametrize("widths", [(4, 8), (1, 2, 3, 4)])
+def test_batch_of_one_is_quantised_as_its_matrix(widths):
+    # XLA once multiplied and summed wrongly where a batch of one had been dropped from a shape.
+    w, x = problem(128, 256)
+    gram, lambdas = condition(x.T @ x), jnp.ones(len(widths))
+
+    def quantised(w, gram):
+        codes, tables = nested.initial_tables(w, jnp.diagonal(gram), widths, lambdas, 128)
+        codes, tables = nested.descend(w, gram, codes, tables, widths, lambdas, 128, sweeps=1)
+        return nested.matrix_values(codes, tables, widths)
+
+    alone = jax.jit(quantised)(w, gram)
+    batched = jax.jit(jax.vmap(quantised))(w[None], gram[None])[0]
+    assert np.mean(np.abs(alone - batched) > 1e-6) < 1e-3

@@ -227,7 +227,13 @@ def _straight_through(smooth: jax.Array, value: jax.Array) -> jax.Array:
 
 
 def _half_span(steps: jax.Array, width: int) -> jax.Array:
-    return jnp.sum(jnp.sum(tables_lib.basis(width), axis=1)[:, None, None] * steps, axis=-3)
+    return jnp.sum(_alphas(steps, width), axis=-3)
+
+
+def _alphas(steps: jax.Array, width: int) -> jax.Array:
+    """Steps [..., steps, groups, d_out] as alphas [..., width, groups, d_out]."""
+    # A product, since XLA makes a wrong sum of it on CPU where a batch of one is unrolled (0.10.2).
+    return jnp.einsum("...sgo,sp->...pgo", steps, tables_lib.basis(width), precision="highest")
 
 
 def _decode_all(quantizer: Any, spec: QuantSpec) -> dict[int, tuple[jax.Array, jax.Array]]:
@@ -237,7 +243,7 @@ def _decode_all(quantizer: Any, spec: QuantSpec) -> dict[int, tuple[jax.Array, j
         mine = quantizer[str(k)]
         steps = jnp.exp2(mine["steps"])
         steps = _straight_through(steps, tables_lib.round_step(steps)[1])
-        alpha = jnp.sum(steps[..., :, None, :, :] * tables_lib.basis(k)[:, :, None, None], axis=-4)
+        alpha = _alphas(steps, k)
         offset = jnp.zeros_like(alpha[..., 0, :, :])
         if tables_lib.has_offset(k):
             half = jnp.sum(alpha, axis=-3)

@@ -280,7 +280,7 @@ def _mixing(widths):
 
 def _half_span(steps, widths):
     """``sum_p alpha_p`` [widths, d_out] of steps [rows - 1, widths, d_out]."""
-    return jnp.sum(_mixing(widths)[:-1].sum(-1)[..., None] * steps, axis=0)
+    return jnp.einsum("rw,rwo->wo", _mixing(widths)[:-1].sum(-1), steps)
 
 
 def _numbers(table, widths):
@@ -292,8 +292,9 @@ def _numbers(table, widths):
 
 def _coefficients(table, widths):
     """One group's coefficients."""
-    mixing = _mixing(widths).transpose(2, 0, 1)[..., None]  # [bits + 1, rows, widths, 1]
-    return jnp.sum(mixing * _numbers(table, widths), axis=1)
+    # A product: XLA on CPU (0.10.2) makes a wrong sum over the middle one of five axes, two of them
+    # broadcast, which it comes to under vmap.
+    return jnp.einsum("rwp,rwo->pwo", _mixing(widths), _numbers(table, widths))
 
 
 def _design(codes, bits):
@@ -428,7 +429,7 @@ def _refit(table, square, pulled, widths):
 
 def _times(matrices, vectors):
     """Matrices [rows, rows, ...] times vectors [rows, ...]."""
-    return jnp.sum(matrices * vectors, axis=1)
+    return jnp.einsum("rs...,s...->r...", matrices, vectors)
 
 
 def _eliminate(a, g):
