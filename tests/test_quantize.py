@@ -284,3 +284,17 @@ def test_batch_of_one_is_quantised_as_its_matrix(widths):
     alone = jax.jit(quantised)(w, gram)
     batched = jax.jit(jax.vmap(quantised))(w[None], gram[None])[0]
     assert np.mean(np.abs(alone - batched) > 1e-6) < 1e-3
+
+
+def test_sums_of_rows_agree_on_every_platform(monkeypatch):
+    rows = jnp.arange(12.0).reshape(6, 2), jnp.arange(6.0)
+
+    def sums():
+        return nested._sum_rows(lambda row: (row[0] * row[1], row[0][:1]), rows)
+
+    one_by_one = sums()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    at_once = sums()
+    np.testing.assert_array_equal(one_by_one[0], at_once[0])
+    np.testing.assert_array_equal(one_by_one[1], [30])
+    np.testing.assert_array_equal(one_by_one[1], at_once[1])
