@@ -1,7 +1,7 @@
 """The most probable experts of each token.
 
-On a GPU one kernel finds them. Softmax, `top_k` and normalising are half a dozen launches, which in
-a step of decoding cost as much as a part of the products.
+On a GPU one kernel finds them. `top_k` and a softmax are several launches, which in a step of
+decoding cost as much as a part of the products.
 """
 
 from __future__ import annotations

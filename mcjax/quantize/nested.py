@@ -411,7 +411,8 @@ def _refit(table, square, pulled, widths):
     ridge = 1e-6 * jnp.einsum("rrwo->wo", a) + 1e-30
     eye = np.eye(rows, dtype=np.float32)[:, :, None, None]
     old = _numbers(table, widths)
-    lower, right = _eliminate(a + eye * jnp.where(used, ridge, 1), g + _times(a, old))
+    ridged = a + eye * jnp.where(used, ridge, 1)  # so that what is undetermined stays as it was
+    lower, right = _eliminate(ridged, g + _times(ridged, old))
 
     def round_one(numbers, p):
         best = (right[p] - jnp.sum(lower[p] * numbers, axis=0)) / lower[p, p]
