@@ -232,7 +232,7 @@ def _half_span(steps: jax.Array, width: int) -> jax.Array:
 
 def _alphas(steps: jax.Array, width: int) -> jax.Array:
     """Steps [..., steps, groups, d_out] as alphas [..., width, groups, d_out]."""
-    # A product, since XLA makes a wrong sum of it on CPU where a batch of one is unrolled (0.10.2).
+    # No sum of broadcast arrays: XLA on CPU gets some of those wrong, see `mcjax.quantize.nested`.
     return jnp.einsum("...sgo,sp->...pgo", steps, tables_lib.basis(width), precision="highest")
 
 

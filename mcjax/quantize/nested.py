@@ -414,14 +414,15 @@ def _refit(table, square, pulled, widths):
     ridged = a + eye * jnp.where(used, ridge, 1)  # so that what is undetermined stays as it was
     lower, right = _eliminate(ridged, g + _times(ridged, old))
 
+    def best(numbers, p):  # given those before it
+        return (right[p] - jnp.sum(lower[p] * numbers, axis=0)) / lower[p, p]
+
     def round_one(numbers, p):
-        best = (right[p] - jnp.sum(lower[p] * numbers, axis=0)) / lower[p, p]
-        code, value = tables_lib.round_step(best)
+        code, value = tables_lib.round_step(best(numbers, p))
         return numbers.at[p].set(value), code
 
     steps, codes = lax.scan(round_one, jnp.zeros_like(old), jnp.arange(rows - 1))
-    best = (right[-1] - jnp.sum(lower[-1] * steps, axis=0)) / lower[-1, -1]
-    code, offset = tables_lib.round_offset(best, _half_span(steps[:-1], widths))
+    code, offset = tables_lib.round_offset(best(steps, -1), _half_span(steps[:-1], widths))
     codes = jnp.concatenate([codes, code[None]])
     step = steps.at[-1].set(offset) - old
     change = jnp.sum(step * (_times(a, step) - 2 * g), axis=0)
