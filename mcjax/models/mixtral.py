@@ -98,7 +98,8 @@ class Attention(nn.Module):
         qkv = project("qkv", x, (heads + 2 * kv_heads) * head_dim)
         qkv = qkv.reshape(batch, length, -1, head_dim)
         whole = length if cache is None else cache.keys.shape[2]
-        cos, sin = rope.angles(c, positions, whole)
+        own = rope.Rope(config=c.rope, dim=head_dim, longest=c.max_position_embeddings)
+        cos, sin = rope.angles(own, positions, whole)
         qk = rope.rotate(qkv[:, :, : heads + kv_heads], cos, sin)
         q, k = qk[:, :, :heads], jnp.swapaxes(qk[:, :, heads:], 1, 2)
         v = jnp.swapaxes(qkv[:, :, heads + kv_heads :], 1, 2)

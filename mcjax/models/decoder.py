@@ -1,0 +1,259 @@
+"""What a language model is made of, described by data: no arrays, no code of any one family.
+
+A `Decoder` is a list of segments. A `Segment` is a period of layers, each of a structure of its
+own, repeated; its weights are stacked over the repeats and its layers scanned, so what a program
+costs to compile depends on the number of different layers and not on their count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mcjax.models.rope import Rope
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heads:
+    """Grouped-query attention: ``softmax(scale q k' [+ sink]) v``.
+
+    Attributes:
+      heads: of queries.
+      kv_heads: of keys and values; each serves `heads / kv_heads` heads of queries.
+      head_dim: features of one head.
+      scale: multiplies the scores.
+      rope: rotary positions of the first `rope.dim` features of a head, None for none.
+      window: keys a query can see, itself included; None for all before it.
+      bias: whether queries, keys and values have a bias.
+      out_bias: whether the output has one.
+      qk_norm: whether each head of queries and keys is normalised before its rotation.
+      sinks: whether each head has a learned score that takes part in the softmax and gives nothing.
+      gated: whether each head's output is multiplied by the sigmoid of a gate beside its query.
+      soft_cap: bounds scores s to ``soft_cap tanh(s / soft_cap)``, None for no bound.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    rope: Rope | None = None
+    window: int | None = None
+    bias: bool = False
+    out_bias: bool = False
+    qk_norm: bool = False
+    sinks: bool = False
+    gated: bool = False
+    soft_cap: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latent:
+    """Multi-head latent attention (arXiv 2405.04434): keys and values share one latent a token.
+
+    Attributes:
+      heads: of queries.
+      query_rank: features of the queries' latent, None for queries straight from the input.
+      rank: features of the keys' and values' latent.
+      nope_dim: features of a head that are not rotated.
+      value_dim: features of a head's value.
+      scale: multiplies the scores.
+      rope: of the `rope.dim` rotated features of a head; their key is shared by all heads.
+      bias: whether the two projections into latents and the output have a bias.
+    """
+
+    heads: int
+    query_rank: int | None
+    rank: int
+    nope_dim: int
+    value_dim: int
+    scale: float
+    rope: Rope
+    bias: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delta:
+    """The gated delta rule (arXiv 2412.06464): a matrix a head that tokens decay and correct.
+
+    With keys k and queries q of unit length, decay a_t in (0, 1) and rate b_t in (0, 1):
+
+        S_t = a_t S_{t-1} + k_t (b_t (v_t - (a_t S_{t-1})' k_t))',   o_t = S_t' q_t / sqrt(key_dim)
+
+    Attributes:
+      key_heads: heads of queries and keys; each serves `value_heads / key_heads` heads of values.
+      value_heads: heads of values.
+      key_dim: features of a head of queries or keys.
+      value_dim: features of a head of values.
+      kernel: taps of the causal convolution over each feature of queries, keys and values.
+    """
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    kernel: int
+
+    @property
+    def channels(self) -> int:
+        """Features that are convolved."""
+        return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activation:
+    """What joins gate g and up u of a gated network: ``(min(u) + shift) * act(g)``.
+
+    Attributes:
+      kind: "silu", ``g sigmoid(alpha g)``, or "gelu_tanh".
+      alpha: see above.
+      limit: g is kept below it and u within plus or minus it, None for no limit.
+      shift: added to u.
+    """
+
+    kind: str = "silu"
+    alpha: float = 1.0
+    limit: float | None = None
+    shift: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dense:
+    """A gated network for every token: ``down(act(gate(x), up(x)))``; `width` hidden features."""
+
+    width: int
+    activation: Activation = Activation()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routing:
+    """How a token's experts are chosen and weighed.
+
+    Attributes:
+      top_k: experts of a token.
+      score: "softmax" over all experts, or "sigmoid" of each.
+      bias: whether the router's logits have one.
+      correction: whether a learned bias is added to scores for choosing, not for weighing.
+      groups: experts lie in so many groups, of which the best are kept.
+      groups_kept: how many groups; a group's score is the sum of its best two.
+      normalise: whether chosen weights are divided by their sum.
+      scale: multiplies the weights.
+    """
+
+    top_k: int
+    score: str = "softmax"
+    bias: bool = False
+    correction: bool = False
+    groups: int = 1
+    groups_kept: int = 1
+    normalise: bool = True
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routed:
+    """Experts of which each token meets few, and perhaps one that it always meets.
+
+    Attributes:
+      experts: how many.
+      width: hidden features of each.
+      routing: how they are chosen.
+      activation: of experts and of the shared one.
+      bias: whether the experts' three projections have biases.
+      shared: hidden features of the shared expert, 0 for none.
+      shared_gate: whether its output is multiplied by the sigmoid of a gate.
+    """
+
+    experts: int
+    width: int
+    routing: Routing
+    activation: Activation = Activation()
+    bias: bool = False
+    shared: int = 0
+    shared_gate: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One layer: a mixer of tokens and a network, each normalised before and added back.
+
+    Attributes:
+      mixer: of tokens.
+      block: the network.
+      sandwich: whether what mixer and network give is normalised too, before it is added.
+    """
+
+    mixer: Heads | Latent | Delta
+    block: Dense | Routed
+    sandwich: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """Layers `period[0], period[1], ...`, all of them `repeats` times over."""
+
+    period: tuple[Layer, ...]
+    repeats: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """A language model.
+
+    Attributes:
+      vocab_size: rows of its embedding.
+      width: features of a token.
+      segments: its layers, in order.
+      longest: positions that it was made for.
+      norm_eps: of every norm of tokens.
+      embedding_scale: multiplies embeddings.
+      logit_cap: bounds logits as `Heads.soft_cap` does scores.
+      tied: whether the head is the embedding.
+      eos_token_ids: tokens that end a text.
+    """
+
+    vocab_size: int
+    width: int
+    segments: tuple[Segment, ...]
+    longest: int
+    norm_eps: float = 1e-6
+    embedding_scale: float = 1.0
+    logit_cap: float | None = None
+    tied: bool = False
+    eos_token_ids: tuple[int, ...] = ()
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """Every layer, in order."""
+        return tuple(layer for s in self.segments for layer in s.period * s.repeats)
+
+    @property
+    def places(self) -> tuple[tuple[int, int, int], ...]:
+        """For every layer, in order: its segment, its place in the period, and which repeat."""
+        return tuple(
+            (s, member, repeat)
+            for s, segment in enumerate(self.segments)
+            for repeat in range(segment.repeats)
+            for member in range(len(segment.period))
+        )
+
+
+def segments(layers: Sequence[Layer]) -> tuple[Segment, ...]:
+    """Finds the repeats in a list of layers.
+
+    From each layer on, the period is taken that covers the most layers by repeating, of equals the
+    shortest; a layer that begins no repeat is a segment of its own.
+    """
+    found: list[Segment] = []
+    start = 0
+    while start < len(layers):
+        best, repeats = 1, 1
+        for period in range(1, (len(layers) - start) // 2 + 1):
+            count = 1
+            body = layers[start : start + period]
+            while layers[start + count * period : start + (count + 1) * period] == body:
+                count += 1
+            if count > 1 and period * count > best * repeats:
+                best, repeats = period, count
+        found.append(Segment(period=tuple(layers[start : start + best]), repeats=repeats))
+        start += best * repeats
+    return tuple(found)
