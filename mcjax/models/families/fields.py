@@ -1,0 +1,148 @@
+"""The fields of a config.json, of which none may go unread."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from mcjax.models.rope import ROPE_TYPES, Rope, RopeConfig
+
+_MISSING = object()
+
+HARMLESS = frozenset(
+    """_name_or_path architectures attention_dropout attn_implementation auto_map bos_token_id
+    cache_implementation chunk_size_feed_forward decoder_start_token_id dtype
+    experts_implementation head_dim hidden_dropout id2label
+    initializer_range is_decoder is_encoder_decoder label2id model_type num_nextn_predict_layers
+    output_attentions output_hidden_states output_router_logits pad_token_id pretraining_tp
+    problem_type return_dict router_aux_loss_coef router_jitter_noise sep_token_id
+    tokenizer_class torch_dtype transformers_version use_cache use_return_dict
+    aux_loss_alpha seq_aux ep_size moe_layer_freq initial_context_length mtp_num_hidden_layers
+    """.split()
+)
+"""Fields that change no logit of a model as it is served (`head_dim` where it is derived)."""
+
+
+class Fields:
+    """Reads fields of a config by name, with types, and refuses those that nobody read."""
+
+    def __init__(self, values: Mapping[str, Any]):
+        self.values = dict(values)
+        self.read: set[str] = set()
+
+    def get(self, name: str, default: Any = _MISSING) -> Any:
+        """A field's value; `default` where it is missing or null.
+
+        Raises:
+          ValueError: if it is missing and has no default.
+        """
+        self.read.add(name)
+        value = self.values.get(name)
+        if value is not None:
+            return value
+        if default is _MISSING:
+            raise ValueError(f"config: field {name!r} is missing")
+        return default
+
+    def size(self, name: str, default: Any = _MISSING) -> int:
+        """A positive integer.
+
+        Raises:
+          ValueError: if it is not one.
+        """
+        value = self.get(name, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"config: {name} must be a positive integer, got {value!r}")
+        return value
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        """True or false."""
+        return bool(self.get(name, default))
+
+    def number(self, name: str, default: Any = _MISSING) -> float:
+        """A finite number.
+
+        Raises:
+          ValueError: if it is not one.
+        """
+        value = self.get(name, default)
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"config: {name} must be a number, got {value!r}")
+        return float(value)
+
+    def only(self, name: str, *allowed: Any) -> None:
+        """Reads a field that this family serves at certain values alone, the first by default.
+
+        Raises:
+          ValueError: if it has another.
+        """
+        value = self.get(name, allowed[0])
+        if value not in allowed:
+            raise ValueError(f"config: {name} {value!r} is not supported; {allowed} are")
+
+    def eos(self) -> tuple[int, ...]:
+        """The tokens that end a text."""
+        given = self.get("eos_token_id", ())
+        return tuple(given) if isinstance(given, list | tuple) else (given,)
+
+    def rope(
+        self, dim: int, kind: str | None = None, theta: float = 10000.0, interleaved: bool = False
+    ) -> Rope:
+        """Rotary positions, as transformers 4 (`rope_theta`) or 5 (`rope_parameters`) writes them.
+
+        Args:
+          dim: features that are rotated.
+          kind: the type of layer, where parameters are given for each.
+          theta: the base where none is given.
+          interleaved: see `Rope`.
+
+        Raises:
+          ValueError: for an unknown type or an impossible base.
+        """
+        longest = self.size("max_position_embeddings")
+        given = self.get("rope_parameters", None) or self.get("rope_scaling", None) or {}
+        if kind is not None and kind in given:
+            given = given[kind]
+        known = {f.name for f in dataclasses.fields(RopeConfig)}
+        own = {k: v for k, v in given.items() if k in known and v is not None}
+        own["rope_type"] = given.get("type") or given.get("rope_type") or "default"
+        if own["rope_type"] not in ROPE_TYPES:
+            raise ValueError(
+                f"config: unknown rope type {own['rope_type']!r}; one of {ROPE_TYPES}"
+            )
+        base = self.get("rope_theta", theta)
+        own["rope_theta"] = float(own.get("rope_theta", base))
+        if not math.isfinite(own["rope_theta"]) or own["rope_theta"] <= 0:
+            raise ValueError(f"config: rope_theta must be positive, got {own['rope_theta']!r}")
+        for name in ("short_factor", "long_factor"):
+            own[name] = tuple(float(v) for v in own.get(name, ()))
+        if own["rope_type"] in ("yarn", "llama3", "longrope"):
+            # transformers lets the field outside the rope parameters win.
+            outside = self.get("original_max_position_embeddings", None)
+            original = outside or own.get("original_max_position_embeddings") or longest
+            own["original_max_position_embeddings"] = original
+            own.setdefault("factor", longest / original)
+        if dim % 2:
+            raise ValueError(f"config: {dim} features cannot be rotated in pairs")
+        return Rope(config=RopeConfig(**own), dim=dim, longest=longest, interleaved=interleaved)
+
+    def finish(self) -> None:
+        """Refuses fields that were not read and may change the model.
+
+        Raises:
+          ValueError: naming them.
+        """
+        unread = {
+            name: value
+            for name, value in self.values.items()
+            if name not in self.read | HARMLESS
+            and not name.startswith("_")
+            and value not in (None, False, {}, [])
+        }
+        if unread:
+            raise ValueError(
+                f"config: {', '.join(f'{k}={v!r}' for k, v in unread.items())}: not known for "
+                f"model_type {self.values.get('model_type')!r}, and may change what it computes"
+            )

@@ -1,0 +1,78 @@
+"""Gemma 3, text (arXiv 2503.19786): norms on both sides, windows in most layers."""
+
+from __future__ import annotations
+
+from mcjax.models.decoder import Activation, Decoder, Dense, Heads, Layer, segments
+from mcjax.models.families import shared
+from mcjax.models.families.fields import Fields
+from mcjax.models.families.tensors import gated, plus_one
+
+MODEL_TYPES = ("gemma3_text",)
+
+
+def decoder(fields: Fields) -> Decoder:
+    """Describes a Gemma 3 from its config."""
+    fields.only("hidden_activation", "gelu_pytorch_tanh")
+    width, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
+    head_dim, count = fields.size("head_dim", 256), fields.size("num_hidden_layers")
+    window, bias = fields.size("sliding_window", 4096), fields.flag("attention_bias")
+    every = fields.get("_sliding_window_pattern", fields.get("sliding_window_pattern", 6))
+    usual = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(count)]
+    local = fields.number("rope_local_base_freq", 10000.0)
+    ropes = {"full_attention": fields.rope(head_dim, "full_attention", 1e6)}
+    if "sliding_attention" in (fields.get("rope_parameters", None) or {}):
+        ropes["sliding_attention"] = fields.rope(head_dim, "sliding_attention", local)
+    else:  # transformers 4: local layers have a base of their own and no stretching
+        plain = Fields({"max_position_embeddings": fields.get("max_position_embeddings")})
+        ropes["sliding_attention"] = plain.rope(head_dim, theta=local)
+    scale = fields.number("query_pre_attn_scalar", 256) ** -0.5
+    block = Dense(
+        width=fields.size("intermediate_size"), activation=Activation(kind="gelu_tanh")
+    )
+    layers = [
+        Layer(
+            mixer=Heads(
+                heads=heads,
+                kv_heads=fields.size("num_key_value_heads", heads),
+                head_dim=head_dim,
+                scale=scale,
+                rope=ropes[kind],
+                window=window if kind == "sliding_attention" else None,
+                bias=bias,
+                out_bias=bias,
+                qk_norm=True,
+                soft_cap=fields.get("attn_logit_softcapping", None),
+            ),
+            block=block,
+            sandwich=True,
+        )
+        for kind in fields.get("layer_types", usual)
+    ]
+    return Decoder(
+        vocab_size=fields.size("vocab_size"),
+        width=width,
+        segments=segments(layers),
+        longest=fields.size("max_position_embeddings"),
+        norm_eps=fields.number("rms_norm_eps", 1e-6),
+        embedding_scale=width**0.5,
+        logit_cap=fields.get("final_logit_softcapping", None),
+        tied=fields.flag("tie_word_embeddings", True),
+        eos_token_ids=fields.eos(),
+    )
+
+
+def outside(decoder: Decoder) -> list:
+    """Embedding and last norm."""
+    return shared.outside(decoder, plus_one)
+
+
+def tensors(layer: Layer) -> list:
+    """The tensors of a layer."""
+    return [
+        plus_one("mixer_norm", "input_layernorm.weight"),
+        plus_one("mixer_after", "post_attention_layernorm.weight"),
+        plus_one("block_norm", "pre_feedforward_layernorm.weight"),
+        plus_one("block_after", "post_feedforward_layernorm.weight"),
+        *shared.attention(layer.mixer, plus_one),
+        *gated("block", "mlp"),
+    ]

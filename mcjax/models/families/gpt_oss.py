@@ -1,0 +1,76 @@
+"""gpt-oss (arXiv 2508.10925): sinks, windows in every other layer, biased experts with limits."""
+
+from __future__ import annotations
+
+from mcjax.models.decoder import Activation, Decoder, Heads, Layer, Routed, Routing, segments
+from mcjax.models.families import shared
+from mcjax.models.families.fields import Fields
+from mcjax.models.families.tensors import interleaved, keep, linear
+
+MODEL_TYPES = ("gpt_oss",)
+
+
+def decoder(fields: Fields) -> Decoder:
+    """Describes a gpt-oss from its config."""
+    fields.only("hidden_act", "silu")
+    width, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
+    head_dim, count = fields.size("head_dim", width // heads), fields.size("num_hidden_layers")
+    window, bias = fields.get("sliding_window", None), fields.flag("attention_bias", True)
+    rope = fields.rope(head_dim, theta=150000.0)
+    top_k = fields.size("num_experts_per_tok", fields.get("experts_per_token", None))
+    block = Routed(
+        experts=fields.size("num_local_experts"),
+        width=fields.size("intermediate_size"),
+        routing=Routing(top_k=top_k, bias=True),
+        activation=Activation(
+            alpha=fields.number("swiglu_alpha", 1.702),
+            limit=fields.number("swiglu_limit", 7.0),
+            shift=1.0,
+        ),
+        bias=True,
+    )
+    usual = ["full_attention" if i % 2 else "sliding_attention" for i in range(count)]
+    layers = [
+        Layer(
+            mixer=Heads(
+                heads=heads,
+                kv_heads=fields.size("num_key_value_heads", heads),
+                head_dim=head_dim,
+                scale=head_dim**-0.5,
+                rope=rope,
+                window=window if kind == "sliding_attention" else None,
+                bias=bias,
+                out_bias=bias,
+                sinks=True,
+            ),
+            block=block,
+        )
+        for kind in fields.get("layer_types", usual)
+    ]
+    return Decoder(
+        vocab_size=fields.size("vocab_size"),
+        width=width,
+        segments=segments(layers),
+        longest=fields.size("max_position_embeddings"),
+        norm_eps=fields.number("rms_norm_eps", 1e-5),
+        tied=fields.flag("tie_word_embeddings"),
+        eos_token_ids=fields.eos(),
+    )
+
+
+outside = shared.outside
+
+
+def tensors(layer: Layer) -> list:
+    """The tensors of a layer."""
+    gate, up, down = (f"block.experts.{n}" for n in ("gate", "up", "down"))
+    return [
+        *shared.norms(),
+        *shared.attention(layer.mixer),
+        linear("block.router", "mlp.router"),
+        keep("block.router_bias", "mlp.router.bias"),
+        interleaved(gate, up, "mlp.experts.gate_up_proj"),
+        interleaved(gate + "_bias", up + "_bias", "mlp.experts.gate_up_proj_bias"),
+        keep(down, "mlp.experts.down_proj"),
+        keep(down + "_bias", "mlp.experts.down_proj_bias"),
+    ]

@@ -1,0 +1,109 @@
+"""Qwen3-Next: three layers of the gated delta rule, then one of gated attention."""
+
+from __future__ import annotations
+
+from mcjax.models.decoder import (
+    Decoder,
+    Delta,
+    Dense,
+    Heads,
+    Layer,
+    Routed,
+    Routing,
+    segments,
+)
+from mcjax.models.families import shared
+from mcjax.models.families.fields import Fields
+from mcjax.models.families.tensors import experts, gated, keep, linear, plus_one, reshaped
+
+MODEL_TYPES = ("qwen3_next",)
+
+
+def decoder(fields: Fields) -> Decoder:
+    """Describes a Qwen3-Next from its config."""
+    fields.only("hidden_act", "silu")
+    width, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
+    head_dim, count = fields.size("head_dim", width // heads), fields.size("num_hidden_layers")
+    given = fields.get("rope_parameters", None) or {}
+    partial = fields.number("partial_rotary_factor", given.get("partial_rotary_factor", 0.25))
+    bias = fields.flag("attention_bias")
+    mixers = {
+        "full_attention": Heads(
+            heads=heads,
+            kv_heads=fields.size("num_key_value_heads", heads),
+            head_dim=head_dim,
+            scale=head_dim**-0.5,
+            rope=fields.rope(int(head_dim * partial)),
+            bias=bias,
+            out_bias=bias,
+            qk_norm=True,
+            gated=True,
+        ),
+        "linear_attention": Delta(
+            key_heads=fields.size("linear_num_key_heads"),
+            value_heads=fields.size("linear_num_value_heads"),
+            key_dim=fields.size("linear_key_head_dim"),
+            value_dim=fields.size("linear_value_head_dim"),
+            kernel=fields.size("linear_conv_kernel_dim"),
+        ),
+    }
+    every = fields.size("full_attention_interval", 4)
+    usual = ["linear_attention" if (i + 1) % every else "full_attention" for i in range(count)]
+    routed = Routed(
+        experts=fields.size("num_experts", fields.get("num_local_experts", None)),
+        width=fields.size("moe_intermediate_size"),
+        routing=Routing(
+            top_k=fields.size("num_experts_per_tok"),
+            normalise=fields.flag("norm_topk_prob", True),
+        ),
+        shared=fields.size("shared_expert_intermediate_size"),
+        shared_gate=True,
+    )
+    dense = Dense(width=fields.size("intermediate_size"))
+    step, without = fields.size("decoder_sparse_step", 1), fields.get("mlp_only_layers", ())
+    layers = [
+        Layer(mixer=mixers[kind], block=dense if i in without or (i + 1) % step else routed)
+        for i, kind in enumerate(fields.get("layer_types", usual))
+    ]
+    return Decoder(
+        vocab_size=fields.size("vocab_size"),
+        width=width,
+        segments=segments(layers),
+        longest=fields.size("max_position_embeddings"),
+        norm_eps=fields.number("rms_norm_eps", 1e-6),
+        tied=fields.flag("tie_word_embeddings"),
+        eos_token_ids=fields.eos(),
+    )
+
+
+def outside(decoder: Decoder) -> list:
+    """Embedding, last norm and head."""
+    return shared.outside(decoder, plus_one)
+
+
+def tensors(layer: Layer) -> list:
+    """The tensors of a layer."""
+    m, b = layer.mixer, layer.block
+    rules: list = shared.norms(plus_one)
+    if isinstance(m, Heads):
+        rules += shared.attention(m, plus_one)
+    else:
+        conv = (m.channels, m.kernel), (m.channels, 1, m.kernel)
+        rules += [
+            linear("mixer.qkvz", "linear_attn.in_proj_qkvz"),
+            linear("mixer.ba", "linear_attn.in_proj_ba"),
+            reshaped("mixer.conv", "linear_attn.conv1d.weight", *conv),
+            keep("mixer.dt_bias", "linear_attn.dt_bias"),
+            keep("mixer.decay", "linear_attn.A_log"),
+            keep("mixer.norm", "linear_attn.norm.weight"),
+            linear("mixer.o", "linear_attn.out_proj"),
+        ]
+    if isinstance(b, Dense):
+        return rules + gated("block", "mlp")
+    return [
+        *rules,
+        linear("block.router", "mlp.gate"),
+        linear("block.shared_gate", "mlp.shared_expert_gate"),
+        *gated("block.shared", "mlp.shared_expert"),
+        experts("mlp"),
+    ]
