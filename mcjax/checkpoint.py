@@ -26,7 +26,7 @@ import jax
 import numpy as np
 
 from mcjax.bitplane import BitPlanes, MixedPlanes, draft_widths
-from mcjax.convert import read_json
+from mcjax.hub import read_json
 from mcjax.odp import PruningStatistics
 
 FORMAT_VERSION = 3

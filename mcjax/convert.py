@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +11,11 @@ import jax
 import ml_dtypes
 import numpy as np
 
+from mcjax.hub import Checkpoint, read_json
 from mcjax.models.config import MixtralConfig
 
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
-
-class HuggingFaceFolder:
+class HuggingFaceFolder(Checkpoint):
     """A folder with config.json, safetensors and tokenizer.json, checked and read lazily.
 
     Both layouts of experts are read: `block_sparse_moe.experts.N.w1/w2/w3` and the fused
@@ -29,60 +26,9 @@ class HuggingFaceFolder:
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
-        if not self.path.is_dir():
-            raise ValueError(f"{self.path} is not a folder")
+        super().__init__(path)
         self.config = MixtralConfig.from_hugging_face(read_json(self.path / "config.json"))
-        self._files: dict[str, Any] = {}
         self._check_complete()
-
-    @cached_property
-    def shards(self) -> dict[str, Path]:
-        """Where each tensor is: its name to a safetensors file."""
-        index = self.path / "model.safetensors.index.json"
-        if index.exists():
-            names = read_json(index).get("weight_map")
-            if not isinstance(names, dict):
-                raise ValueError(f"{index} has no weight_map")
-            for file in set(names.values()):
-                if not isinstance(file, str) or Path(file).name != file or file in ("", "..", "."):
-                    raise ValueError(f"{index} names {file!r}, which is outside the folder")
-                if not file.endswith(".safetensors"):
-                    raise ValueError(f"{index} names {file!r}, which is not a safetensors file")
-                if not (self.path / file).is_file():
-                    raise ValueError(f"shard {file} is missing from {self.path}")
-            return {name: self.path / file for name, file in names.items()}
-        single = self.path / "model.safetensors"
-        files = [single] if single.is_file() else sorted(self.path.glob("*.safetensors"))
-        if not files:
-            if any(any(self.path.glob(pattern)) for pattern in PICKLES):
-                raise ValueError(
-                    f"{self.path} holds only pickled weights, which can run code when read; "
-                    "convert them to safetensors first"
-                )
-            raise ValueError(f"{self.path} holds no *.safetensors file")
-        if len(files) > 1:
-            raise ValueError(
-                f"{self.path} holds {len(files)} shards but no model.safetensors.index.json"
-            )
-        return {name: files[0] for name in self._open(files[0]).keys()}  # noqa: SIM118
-
-    @property
-    def tokenizer_path(self) -> Path:
-        """Its tokenizer.json."""
-        path = self.path / "tokenizer.json"
-        if not path.is_file():
-            raise ValueError(f"{path} is missing")
-        return path
-
-    def source_hash(self) -> str:
-        """sha256 over config and the names, sizes and headers of the weight files."""
-        digest = hashlib.sha256((self.path / "config.json").read_bytes())
-        for file in sorted(set(self.shards.values())):
-            with file.open("rb") as stream:
-                digest.update(f"{file.name} {file.stat().st_size}".encode())
-                digest.update(stream.read(1 << 20))
-        return digest.hexdigest()
 
     def read_layer(self, i: int, dtype: Any = None) -> dict[str, Any]:
         """Parameters of layer i for `mcjax.models.mixtral.Layer`."""
@@ -92,19 +38,19 @@ class HuggingFaceFolder:
         at = f"model.layers.{i}."
 
         def read(name, shape):
-            return self._read(at + name, shape, dtype)
+            return self.tensor(at + name, shape, dtype)
 
         if self._fused:
             moe = at + "mlp."
-            gate_up = self._read(moe + "experts.gate_up_proj", (e, 2 * f, d), dtype)
+            gate_up = self.tensor(moe + "experts.gate_up_proj", (e, 2 * f, d), dtype)
             gate, up = gate_up[:, :f].swapaxes(1, 2), gate_up[:, f:].swapaxes(1, 2)
-            down = self._read(moe + "experts.down_proj", (e, d, f), dtype).swapaxes(1, 2)
+            down = self.tensor(moe + "experts.down_proj", (e, d, f), dtype).swapaxes(1, 2)
         else:
             moe = at + "block_sparse_moe."
 
             def stack(name, shape):
                 each = [
-                    self._read(f"{moe}experts.{n}.{name}.weight", shape, dtype) for n in range(e)
+                    self.tensor(f"{moe}experts.{n}.{name}.weight", shape, dtype) for n in range(e)
                 ]
                 return np.stack([w.T for w in each])
 
@@ -123,7 +69,7 @@ class HuggingFaceFolder:
             },
             "moe_norm": {"scale": read("post_attention_layernorm.weight", (d,))},
             "moe": {
-                "router": self._read(moe + "gate.weight", (e, d), dtype).T,
+                "router": self.tensor(moe + "gate.weight", (e, d), dtype).T,
                 "experts": {"gate": gate, "up": up, "down": down},
             },
         }
@@ -131,13 +77,13 @@ class HuggingFaceFolder:
     def read_rest(self, dtype: Any = None) -> dict[str, Any]:
         """Parameters outside the layers: embedding, norm and, if untied, head."""
         c = self.config
-        embedding = self._read("model.embed_tokens.weight", (c.vocab_size, c.hidden_size), dtype)
+        embedding = self.tensor("model.embed_tokens.weight", (c.vocab_size, c.hidden_size), dtype)
         rest = {
             "embedding": embedding,
-            "norm": {"scale": self._read("model.norm.weight", (c.hidden_size,), dtype)},
+            "norm": {"scale": self.tensor("model.norm.weight", (c.hidden_size,), dtype)},
         }
         if not c.tie_word_embeddings:
-            rest["head"] = self._read("lm_head.weight", (c.vocab_size, c.hidden_size), dtype)
+            rest["head"] = self.tensor("lm_head.weight", (c.vocab_size, c.hidden_size), dtype)
         return rest
 
     def read(self, dtype: Any = None, progress: Callable = lambda items: items) -> dict[str, Any]:
@@ -173,49 +119,6 @@ class HuggingFaceFolder:
             raise ValueError(
                 f"{self.path}: {len(missing)} tensors of a Mixtral are missing, first {missing[0]}"
             )
-
-    def _open(self, file: Path):
-        if file.name not in self._files:
-            from safetensors import SafetensorError, safe_open
-
-            try:
-                self._files[file.name] = safe_open(file, framework="flax")
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{file} is not a readable safetensors file: {error}") from None
-        return self._files[file.name]
-
-    def _read(self, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        file = self.shards[name]
-        try:
-            value = np.asarray(self._open(file).get_tensor(name))
-        except Exception as error:
-            raise ValueError(f"{file}: cannot read {name}: {error}") from None
-        if value.shape != shape:
-            raise ValueError(f"{file}: {name} has shape {value.shape}, config.json implies {shape}")
-        if value.dtype.name not in ("bfloat16", "float16", "float32"):
-            raise ValueError(f"{file}: {name} is {value.dtype}; bf16, f16 and f32 are supported")
-        wide = value.astype(np.float32)
-        if not np.isfinite(wide).all():
-            bad = int(np.size(wide) - np.isfinite(wide).sum())
-            raise ValueError(f"{file}: {name} holds {bad} NaN or infinite values")
-        return value if dtype is None else wide.astype(dtype)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-      ValueError: if it is missing or not a JSON object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, found {type(value).__name__}")
-    return value
 
 
 def write_hugging_face(
