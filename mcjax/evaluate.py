@@ -17,6 +17,7 @@ from mcjax import odp, serving, text
 from mcjax.calibrate import capture, pruning_statistics
 from mcjax.checkpoint import MANIFEST
 from mcjax.convert import HuggingFaceFolder
+from mcjax.hub import Checkpoint
 from mcjax.models.config import MixtralConfig
 from mcjax.models.mixtral import Mixtral, layer
 
@@ -79,11 +80,20 @@ def evaluate(
                 f"{path} is not an artifact, so --budget, --bits and --act-bits do not apply; "
                 "make one with `mcjax compress`"
             )
-        folder = HuggingFaceFolder(path)
-        tokenizer_path, config = folder.tokenizer_path, folder.config
-        module, params = Mixtral(config), folder.read()
-        facts = _dense_facts(params)
-        if prune is not None:
+        if prune is None:
+            model = serving.load(path)
+            module, params, config = model.module, model.params, model.module.config
+            tokenizer_path = Checkpoint(path).tokenizer_path
+            facts = {
+                "average_bits": model.average_bits,
+                "effective_bits": model.effective_bits,
+                "bytes_read": model.bytes_read,
+            }
+        else:
+            folder = HuggingFaceFolder(path)
+            tokenizer_path, config = folder.tokenizer_path, folder.config
+            module, params = Mixtral(config), folder.read()
+            facts = _dense_facts(params)
             if calibration is None:
                 raise ValueError(
                     f"--odp on the folder {path} needs --calibration TEXT to choose thresholds by"

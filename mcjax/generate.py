@@ -12,14 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mcjax import odp, serving, speculate
 from mcjax.checkpoint import MANIFEST
-from mcjax.convert import HuggingFaceFolder
-from mcjax.models.mixtral import Mixtral, empty_cache
+from mcjax.hub import Checkpoint
 from mcjax.sampling import Sampling, sample
 from mcjax.speculate import Draft, Tally, hold_in_loop, self_draft
 
@@ -29,7 +29,7 @@ PREFILL_CHUNK = 512
 
 @partial(jax.jit, static_argnames=("module", "sampling", "chunk"), donate_argnames="cache")
 def prefill(
-    module: Mixtral, params, tokens, length, cache, key, sampling: Sampling, chunk=PREFILL_CHUNK
+    module: nn.Module, params, tokens, length, cache, key, sampling: Sampling, chunk=PREFILL_CHUNK
 ):
     """Reads prompts, `chunk` tokens at a time.
 
@@ -75,14 +75,14 @@ def prefill(
 
 
 @partial(jax.jit, static_argnames=("module", "sampling"), donate_argnames="cache")
-def decode(module: Mixtral, params, token, position, cache, key, sampling: Sampling):
+def decode(module: nn.Module, params, token, position, cache, key, sampling: Sampling):
     """Reads one token [B] at positions [B]; returns the next tokens [B] and the cache."""
     logits, cache = module.apply({"params": params}, token[:, None], position[:, None], cache)
     return sample(key, logits[:, 0], sampling), cache
 
 
 def generate(
-    module: Mixtral,
+    module: nn.Module,
     params: Any,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
@@ -128,7 +128,7 @@ def generate(
 
 
 def generate_blocks(
-    module: Mixtral,
+    module: nn.Module,
     params: Any,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
@@ -167,7 +167,7 @@ def generate_blocks(
         key = None  # nothing is drawn
     elif key is None:
         key = jax.random.key(0)
-    cache = empty_cache(config, len(prompts), window, module.dtype)
+    cache = module.empty_cache(len(prompts), window)
     length = np.asarray(lengths, np.int32)
     written, cache = prefill(module, params, padded, length, cache, key, sampling)
     written = np.array(written)
@@ -300,14 +300,14 @@ def generate_text(
             draft = self_draft(model, draft_bits, draft_length)
         tokenizer_path = path / "tokenizer.json"
     else:
-        folder = HuggingFaceFolder(path)
         if not (budget is bits is act_bits is prune is draft_bits is None):
             raise ValueError(
                 f"{path} is not an artifact, so --budget, --bits, --act-bits, --odp and "
                 "--draft-bits do not apply; make one with `mcjax compress`"
             )
-        module, params, average = Mixtral(folder.config), folder.read(np.float32), 16.0
-        tokenizer_path = folder.tokenizer_path
+        model = serving.load(path)
+        module, params, average = model.module, model.params, model.average_bits
+        tokenizer_path = Checkpoint(path).tokenizer_path
     tokenizer = Tokenizer.from_file(str(tokenizer_path))
     encoded = [tokenizer.encode(text, add_special_tokens=False).ids for text in prompts]
     for text, ids in zip(prompts, encoded, strict=True):

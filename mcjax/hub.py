@@ -140,7 +140,7 @@ class Folder(Checkpoint):
         self._check_tensors()
 
     def read(self, dtype: Any = None, progress: Callable = lambda items: items) -> dict[str, Any]:
-        """All parameters for `mcjax.models.language_model`, each put where it belongs as it is read.
+        """All parameters of a `LanguageModel`, each put where it belongs as it is read.
 
         Args:
           dtype: of the weights, None for what they are stored in.

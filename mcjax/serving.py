@@ -14,7 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mcjax import checkpoint, odp, pmq
+from mcjax.hub import Folder
+from mcjax.models import weights
 from mcjax.models.config import MixtralConfig
+from mcjax.models.language_model import LanguageModel
 from mcjax.models.mixtral import Mixtral, PlaneSpec
 
 ALLOCATION: dict[str, Any] = {
@@ -40,14 +43,14 @@ class Model:
 
     Attributes:
       params: for `module.apply({"params": params}, tokens)`.
-      module: the `Mixtral` whose static widths fit `params`.
-      path: the artifact.
-      bytes_read: uncompressed bytes read from the artifact to get here.
+      module: the Linen module that `params` fit.
+      path: the artifact or folder.
+      bytes_read: uncompressed bytes read from there.
       expert_bytes_read: those of them that are expert weights with their tables.
     """
 
     params: Any
-    module: Mixtral
+    module: Any
     path: str
     bytes_read: int
     expert_bytes_read: int
@@ -59,9 +62,13 @@ class Model:
     @property
     def spec(self) -> PlaneSpec:
         """The static widths of its weights."""
-        if self.module.planes is None:
-            raise ValueError("this model's module has dense weights, not planes")
-        return self.module.planes
+        planes = getattr(self.module, "planes", None)
+        if planes is None:
+            raise ValueError(
+                f"the model of {self.path} has dense weights, not planes; make an artifact of it "
+                "with `mcjax compress`"
+            )
+        return planes
 
     @property
     def allocation(self) -> np.ndarray:
@@ -70,19 +77,23 @@ class Model:
 
     @property
     def average_bits(self) -> float:
-        """Average width over experts, tables not counted."""
+        """Average width over experts, tables not counted; of dense weights their own."""
+        if isinstance(self.module, LanguageModel):
+            return self.effective_bits
         return float(self.allocation.mean())
 
     @property
     def effective_bits(self) -> float:
         """Bits per expert weight as held, tables included."""
-        experts = [
-            planes
-            for i in range(self.module.config.num_hidden_layers)
-            for planes in self.params[f"layer_{i}"]["moe"]["experts"].values()
-        ]
-        weights = sum(math.prod(p.shape) for p in experts)
-        return 8 * sum(p.nbytes for p in experts) / weights
+        if isinstance(self.module, LanguageModel):
+            experts = weights.expert_weights(self.module.decoder, self.params)
+        else:
+            experts = [
+                planes
+                for i in range(self.module.config.num_hidden_layers)
+                for planes in self.params[f"layer_{i}"]["moe"]["experts"].values()
+            ]
+        return 8 * sum(p.nbytes for p in experts) / sum(math.prod(p.shape) for p in experts)
 
     def refine(
         self,
@@ -141,8 +152,10 @@ def load(
 ) -> Model:
     """Loads an artifact at a precision chosen now, reading only the bytes that it needs.
 
+    A Hugging Face folder of a known family is served dense, its weights as they are stored.
+
     Args:
-      path: written by `mcjax compress`.
+      path: written by `mcjax compress`, or a folder with config.json and *.safetensors.
       budget: average bits per expert weight; PMQ shares them out by the artifact's statistics.
       bits: one width for every expert instead.
       allocation: each expert's width [L, E] instead. Without any of the three, all planes.
@@ -159,6 +172,8 @@ def load(
       ValueError: if the artifact is damaged or of another version, or the precision is not
         feasible.
     """
+    if not (Path(path) / checkpoint.MANIFEST).is_file() and (Path(path) / "config.json").is_file():
+        return _load_folder(path, (budget, bits, allocation, act_bits, prune), dtype)
     reader = checkpoint.ArtifactReader(path, "model")
     manifest = reader.manifest
     config = MixtralConfig.from_dict(manifest["config"])
@@ -179,6 +194,23 @@ def load(
         path=str(reader.directory),
         bytes_read=reader.bytes_read,
         expert_bytes_read=reader.expert_bytes_read,
+    )
+
+
+def _load_folder(path: str | Path, of_artifacts: tuple, dtype: Any) -> Model:
+    if any(value is not None for value in of_artifacts):
+        raise ValueError(
+            f"{path} is not an artifact, so budgets, bits, allocations, activation bits and "
+            "pruning do not apply; make one with `mcjax compress`"
+        )
+    folder = Folder(path)
+    params = folder.read()
+    return Model(
+        params=params,
+        module=LanguageModel(folder.decoder, dtype),
+        path=str(folder.path),
+        bytes_read=sum(leaf.nbytes for leaf in jax.tree.leaves(params)),
+        expert_bytes_read=sum(w.nbytes for w in weights.expert_weights(folder.decoder, params)),
     )
 
 

@@ -33,7 +33,7 @@ class MixtralConfig:
     rms_norm_eps: float = 1e-5
     sliding_window: int | None = None
     tie_word_embeddings: bool = False
-    rope: RopeConfig = RopeConfig()
+    rope: RopeConfig = RopeConfig()  # noqa: RUF009, frozen
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self):

@@ -203,7 +203,7 @@ class Decoder:
       vocab_size: rows of its embedding.
       width: features of a token.
       segments: its layers, in order.
-      longest: positions that it was made for.
+      max_position_embeddings: positions that it was made for.
       norm_eps: of every norm of tokens.
       embedding_scale: multiplies embeddings.
       logit_cap: bounds logits as `Heads.soft_cap` does scores.
@@ -214,7 +214,7 @@ class Decoder:
     vocab_size: int
     width: int
     segments: tuple[Segment, ...]
-    longest: int
+    max_position_embeddings: int
     norm_eps: float = 1e-6
     embedding_scale: float = 1.0
     logit_cap: float | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -46,7 +47,7 @@ def run_layer(
     y, cache, taps = mixer(spec.mixer, own["mixer"], h, context, cache, eps, act_bits)
     x = x + (rms_norm(y, own["mixer_after"], eps) if spec.sandwich else y)
     h = rms_norm(x, own["block_norm"], eps)
-    block = experts.dense if isinstance(spec.block, Dense) else experts.routed
+    block: Any = experts.dense if isinstance(spec.block, Dense) else experts.routed
     y, more = block(spec.block, own["block"], h, act_bits)
     x = x + (rms_norm(y, own["block_after"], eps) if spec.sandwich else y)
     return x, cache, {**taps, **more}
@@ -102,6 +103,7 @@ def forward(
     return logits if cache is None else (logits, cache)
 
 
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def empty_cache(decoder: Decoder, batch: int, length: int, dtype: Any = jnp.float32) -> Any:
     """Room for `length` tokens of `batch` sequences in every layer."""
 
@@ -140,6 +142,15 @@ class LanguageModel(nn.Module):
     dtype: Any = jnp.float32
     act_bits: int | None = None
 
+    @property
+    def config(self) -> Decoder:
+        """The description, by the name that every model has for it."""
+        return self.decoder
+
+    def empty_cache(self, batch: int, length: int) -> Any:
+        """Room for `length` tokens of `batch` sequences."""
+        return empty_cache(self.decoder, batch, length, self.dtype)
+
     @nn.compact
     def __call__(
         self,
@@ -162,6 +173,7 @@ class LanguageModel(nn.Module):
           Logits [B, T, vocab], T being 1 with `only`; with a cache also the cache with these tokens
           in it.
         """
+        params: Any
         if self.is_initializing():
             drawn = weights.init(self.decoder, self.make_rng("params"))
             params = {name: self.param(name, lambda _, v=v: v) for name, v in drawn.items()}

@@ -360,6 +360,10 @@ class Mixtral(nn.Module):
         logits = narrow_dot(x.reshape(-1, c.hidden_size), table).reshape(*x.shape[:-1], -1)
         return logits if cache is None else (logits, tuple(caches))
 
+    def empty_cache(self, batch: int, length: int) -> tuple[Cache, ...]:
+        """Room for `length` tokens of `batch` sequences."""
+        return empty_cache(self.config, batch, length, self.dtype)
+
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def empty_cache(

@@ -53,9 +53,7 @@ class Rope:
     interleaved: bool = False
 
 
-def rotate(
-    x: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool = False
-) -> jax.Array:
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool = False) -> jax.Array:
     """Turns each pair of the first features of x [B, T, H, head_dim] by its angle.
 
     Args:

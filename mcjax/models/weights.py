@@ -152,6 +152,18 @@ def get(tree: Any, path: tuple[str, ...]) -> Any:
     return tree
 
 
+def expert_weights(decoder: Decoder, params: Any) -> list[Any]:
+    """The weights that a budget is about: of routed experts or, where there are none, of MLPs."""
+    found: dict[bool, list[Any]] = {True: [], False: []}
+    for s, segment in enumerate(decoder.segments):
+        for member, layer in enumerate(segment.period):
+            block = params[segment_name(s)][layer_name(member)]["block"]
+            routed = not isinstance(layer.block, Dense)
+            own = block["experts"] if routed else block
+            found[routed] += [own[name] for name in ("gate", "up", "down")]
+    return found[True] or found[False]
+
+
 def init(decoder: Decoder, key: jax.Array) -> dict[str, Any]:
     """Draws parameters, float32: those of layers stacked over the repeats of their segment."""
     params: dict[str, Any] = {}

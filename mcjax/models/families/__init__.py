@@ -38,7 +38,7 @@ def describe(config: Mapping[str, Any]) -> tuple[ModuleType, Decoder]:
     """A config.json's page and what it describes; a wrapper's `text_config` is found.
 
     Raises:
-      ValueError: for an unknown model_type, a missing or impossible field, or one that nobody reads.
+      ValueError: for an unknown model_type, a missing or impossible field, or one not read.
     """
     kind = config.get("model_type")
     if kind not in PAGES and isinstance(config.get("text_config"), Mapping):

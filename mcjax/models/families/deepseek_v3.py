@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from mcjax.models.decoder import Decoder, Dense, Latent, Layer, Routed, Routing, segments
 from mcjax.models.families import shared
@@ -51,8 +52,9 @@ def decoder(fields: Fields) -> Decoder:
         ),
         shared=width * fields.get("n_shared_experts", 0),
     )
-    dense, first = Dense(width=fields.size("intermediate_size")), fields.get(
-        "first_k_dense_replace", 0
+    dense, first = (
+        Dense(width=fields.size("intermediate_size")),
+        fields.get("first_k_dense_replace", 0),
     )
     layers = [
         Layer(mixer=mixer, block=dense if i < first else routed)
@@ -62,7 +64,7 @@ def decoder(fields: Fields) -> Decoder:
         vocab_size=fields.size("vocab_size"),
         width=fields.size("hidden_size"),
         segments=segments(layers),
-        longest=fields.size("max_position_embeddings"),
+        max_position_embeddings=fields.size("max_position_embeddings"),
         norm_eps=fields.number("rms_norm_eps", 1e-6),
         tied=fields.flag("tie_word_embeddings"),
         eos_token_ids=fields.eos(),
@@ -74,9 +76,13 @@ outside = shared.outside
 
 def tensors(layer: Layer) -> list:
     """The tensors of a layer."""
-    at, m = "self_attn", layer.mixer
+    at = "self_attn"
+    m: Any = layer.mixer
     rules: list = [*shared.norms(), linear("mixer.o", f"{at}.o_proj")]
-    rules += [linear("mixer.kv_a", f"{at}.kv_a_proj_with_mqa"), linear("mixer.kv_b", f"{at}.kv_b_proj")]
+    rules += [
+        linear("mixer.kv_a", f"{at}.kv_a_proj_with_mqa"),
+        linear("mixer.kv_b", f"{at}.kv_b_proj"),
+    ]
     rules.append(keep("mixer.kv_norm", f"{at}.kv_a_layernorm.weight"))
     if m.query_rank is None:
         rules.append(linear("mixer.q", f"{at}.q_proj"))

@@ -12,15 +12,49 @@ from mcjax.models.rope import ROPE_TYPES, Rope, RopeConfig
 _MISSING = object()
 
 HARMLESS = frozenset(
-    """_name_or_path architectures attention_dropout attn_implementation auto_map bos_token_id
-    cache_implementation chunk_size_feed_forward decoder_start_token_id dtype
-    experts_implementation head_dim hidden_dropout id2label
-    initializer_range is_decoder is_encoder_decoder label2id model_type num_nextn_predict_layers
-    output_attentions output_hidden_states output_router_logits pad_token_id pretraining_tp
-    problem_type return_dict router_aux_loss_coef router_jitter_noise sep_token_id
-    tokenizer_class torch_dtype transformers_version use_cache use_return_dict
-    aux_loss_alpha seq_aux ep_size moe_layer_freq initial_context_length mtp_num_hidden_layers
-    """.split()
+    (
+        "_name_or_path",
+        "architectures",
+        "attention_dropout",
+        "attn_implementation",
+        "auto_map",
+        "aux_loss_alpha",
+        "bos_token_id",
+        "cache_implementation",
+        "chunk_size_feed_forward",
+        "decoder_start_token_id",
+        "dtype",
+        "ep_size",
+        "experts_implementation",
+        "head_dim",
+        "hidden_dropout",
+        "id2label",
+        "initial_context_length",
+        "initializer_range",
+        "is_decoder",
+        "is_encoder_decoder",
+        "label2id",
+        "model_type",
+        "moe_layer_freq",
+        "mtp_num_hidden_layers",
+        "num_nextn_predict_layers",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "pad_token_id",
+        "pretraining_tp",
+        "problem_type",
+        "return_dict",
+        "router_aux_loss_coef",
+        "router_jitter_noise",
+        "sep_token_id",
+        "seq_aux",
+        "tokenizer_class",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+        "use_return_dict",
+    )
 )
 """Fields that change no logit of a model as it is served (`head_dim` where it is derived)."""
 
@@ -109,9 +143,7 @@ class Fields:
         own = {k: v for k, v in given.items() if k in known and v is not None}
         own["rope_type"] = given.get("type") or given.get("rope_type") or "default"
         if own["rope_type"] not in ROPE_TYPES:
-            raise ValueError(
-                f"config: unknown rope type {own['rope_type']!r}; one of {ROPE_TYPES}"
-            )
+            raise ValueError(f"config: unknown rope type {own['rope_type']!r}; one of {ROPE_TYPES}")
         base = self.get("rope_theta", theta)
         own["rope_theta"] = float(own.get("rope_theta", base))
         if not math.isfinite(own["rope_theta"]) or own["rope_theta"] <= 0:

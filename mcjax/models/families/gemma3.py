@@ -26,9 +26,7 @@ def decoder(fields: Fields) -> Decoder:
         plain = Fields({"max_position_embeddings": fields.get("max_position_embeddings")})
         ropes["sliding_attention"] = plain.rope(head_dim, theta=local)
     scale = fields.number("query_pre_attn_scalar", 256) ** -0.5
-    block = Dense(
-        width=fields.size("intermediate_size"), activation=Activation(kind="gelu_tanh")
-    )
+    block = Dense(width=fields.size("intermediate_size"), activation=Activation(kind="gelu_tanh"))
     layers = [
         Layer(
             mixer=Heads(
@@ -52,7 +50,7 @@ def decoder(fields: Fields) -> Decoder:
         vocab_size=fields.size("vocab_size"),
         width=width,
         segments=segments(layers),
-        longest=fields.size("max_position_embeddings"),
+        max_position_embeddings=fields.size("max_position_embeddings"),
         norm_eps=fields.number("rms_norm_eps", 1e-6),
         embedding_scale=width**0.5,
         logit_cap=fields.get("final_logit_softcapping", None),

@@ -34,7 +34,7 @@ def decoder(fields: Fields) -> Decoder:
         vocab_size=fields.size("vocab_size"),
         width=width,
         segments=segments([layer] * fields.size("num_hidden_layers")),
-        longest=fields.size("max_position_embeddings"),
+        max_position_embeddings=fields.size("max_position_embeddings"),
         norm_eps=fields.number("rms_norm_eps", 1e-5),
         tied=fields.flag("tie_word_embeddings"),
         eos_token_ids=fields.eos(),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from mcjax.models.decoder import (
     Decoder,
     Delta,
@@ -27,7 +29,7 @@ def decoder(fields: Fields) -> Decoder:
     given = fields.get("rope_parameters", None) or {}
     partial = fields.number("partial_rotary_factor", given.get("partial_rotary_factor", 0.25))
     bias = fields.flag("attention_bias")
-    mixers = {
+    mixers: dict[str, Any] = {
         "full_attention": Heads(
             heads=heads,
             kv_heads=fields.size("num_key_value_heads", heads),
@@ -69,7 +71,7 @@ def decoder(fields: Fields) -> Decoder:
         vocab_size=fields.size("vocab_size"),
         width=width,
         segments=segments(layers),
-        longest=fields.size("max_position_embeddings"),
+        max_position_embeddings=fields.size("max_position_embeddings"),
         norm_eps=fields.number("rms_norm_eps", 1e-6),
         tied=fields.flag("tie_word_embeddings"),
         eos_token_ids=fields.eos(),
@@ -83,7 +85,8 @@ def outside(decoder: Decoder) -> list:
 
 def tensors(layer: Layer) -> list:
     """The tensors of a layer."""
-    m, b = layer.mixer, layer.block
+    b = layer.block
+    m: Any = layer.mixer
     rules: list = shared.norms(plus_one)
     if isinstance(m, Heads):
         rules += shared.attention(m, plus_one)

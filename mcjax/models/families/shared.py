@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from mcjax.models.decoder import Decoder, Heads
+from typing import Any
+
+from mcjax.models.decoder import Decoder
 from mcjax.models.families.tensors import Rule, keep, linear, vectors
 
 
@@ -12,8 +14,8 @@ def outside(decoder: Decoder, norm=keep) -> list[Rule]:
     return rules if decoder.tied else [*rules, keep("head", "lm_head.weight")]
 
 
-def attention(spec: Heads, norm=keep) -> list[Rule]:
-    """Projections of grouped-query attention, with what the spec adds to them."""
+def attention(spec: Any, norm=keep) -> list[Rule]:
+    """Projections of `Heads`, with what the spec adds to them."""
     q = spec.heads * spec.head_dim * (2 if spec.gated else 1)
     sizes = (q, spec.kv_heads * spec.head_dim, spec.kv_heads * spec.head_dim)
     projections = [f"self_attn.{n}_proj" for n in "qkv"]
