@@ -1,7 +1,8 @@
 """mcjax: Mixture-of-Experts models as bit planes, in JAX.
 
 Quantise once with `quantize` (one weight) or `mcjax compress` (a model); then `BitPlanes.slice`,
-`load(path, budget=...)` and `Model.refine` serve any precision of the same bits. `dot` and
+`load(path, budget=...)` and `Model.refine` serve any precision of the same bits, `load(folder)` the
+model as it is, of any of the `families`. `dot` and
 `expert_dot` multiply with planes, `pmq` shares a budget out among experts, `odp` skips experts
 while serving. `tree` quantises any other parameter tree, `qat` trains a network once for every
 width, and `lumix` mixes labels.
@@ -9,6 +10,7 @@ width, and `lumix` mixes labels.
 
 from mcjax import lumix, odp, pmq, qat, tree
 from mcjax.bitplane import BitPlanes, MixedPlanes
+from mcjax.models.families import families
 from mcjax.ops import dot, expert_dot
 from mcjax.quantize import quantize
 from mcjax.serving import Model, load
@@ -19,6 +21,7 @@ __all__ = [
     "Model",
     "dot",
     "expert_dot",
+    "families",
     "load",
     "lumix",
     "odp",

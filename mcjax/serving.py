@@ -172,7 +172,13 @@ def load(
       ValueError: if the artifact is damaged or of another version, or the precision is not
         feasible.
     """
-    if not (Path(path) / checkpoint.MANIFEST).is_file() and (Path(path) / "config.json").is_file():
+    folder = Path(path)
+    if folder.is_dir() and not (folder / checkpoint.MANIFEST).is_file():
+        if not (folder / "config.json").is_file():
+            raise ValueError(
+                f"{path} is not an mcjax artifact: it has no {checkpoint.MANIFEST}; and no Hugging "
+                "Face folder: config.json is missing"
+            )
         return _load_folder(path, (budget, bits, allocation, act_bits, prune), dtype)
     reader = checkpoint.ArtifactReader(path, "model")
     manifest = reader.manifest

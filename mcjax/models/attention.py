@@ -103,8 +103,6 @@ def heads(
         key_positions = jnp.arange(whole)[None]
     q = q.reshape(batch, length, kv, h // kv, d)
     scores = jnp.einsum("btkgd,bksd->bkgts", q, k).astype(jnp.float32) * spec.scale
-    if spec.soft_cap is not None:
-        scores = spec.soft_cap * jnp.tanh(scores / spec.soft_cap)
     seen = visible(context.positions, key_positions, spec.window)
     scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
     if spec.sinks:

@@ -29,7 +29,6 @@ class Heads:
       qk_norm: whether each head of queries and keys is normalised before its rotation.
       sinks: whether each head has a learned score that takes part in the softmax and gives nothing.
       gated: whether each head's output is multiplied by the sigmoid of a gate beside its query.
-      soft_cap: bounds scores s to ``soft_cap tanh(s / soft_cap)``, None for no bound.
     """
 
     heads: int
@@ -43,7 +42,12 @@ class Heads:
     qk_norm: bool = False
     sinks: bool = False
     gated: bool = False
-    soft_cap: float | None = None
+
+    def __post_init__(self):
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"config: {self.heads} attention heads cannot share {self.kv_heads} key-value heads"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +175,14 @@ class Routed:
     shared: int = 0
     shared_gate: bool = False
 
+    def __post_init__(self):
+        if self.routing.top_k > self.experts:
+            raise ValueError(f"config: {self.routing.top_k} experts per token of {self.experts}")
+        if self.experts % self.routing.groups:
+            raise ValueError(
+                f"config: {self.experts} experts do not lie in {self.routing.groups} equal groups"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
@@ -206,7 +218,7 @@ class Decoder:
       max_position_embeddings: positions that it was made for.
       norm_eps: of every norm of tokens.
       embedding_scale: multiplies embeddings.
-      logit_cap: bounds logits as `Heads.soft_cap` does scores.
+      logit_cap: bounds logits z to ``logit_cap tanh(z / logit_cap)``, None for no bound.
       tied: whether the head is the embedding.
       eos_token_ids: tokens that end a text.
     """
@@ -220,6 +232,13 @@ class Decoder:
     logit_cap: float | None = None
     tied: bool = False
     eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        for token in self.eos_token_ids:
+            if not isinstance(token, int) or not 0 <= token < self.vocab_size:
+                raise ValueError(
+                    f"config: eos_token_id must be 0 to {self.vocab_size - 1}, got {token!r}"
+                )
 
     @property
     def layers(self) -> tuple[Layer, ...]:

@@ -91,6 +91,10 @@ class Fields:
             raise ValueError(f"config: {name} must be a positive integer, got {value!r}")
         return value
 
+    def window(self) -> int | None:
+        """Keys that a query can see, None for all before it."""
+        return None if self.get("sliding_window", None) is None else self.size("sliding_window")
+
     def flag(self, name: str, default: bool = False) -> bool:
         """True or false."""
         return bool(self.get(name, default))

@@ -13,6 +13,7 @@ MODEL_TYPES = ("gemma3_text",)
 def decoder(fields: Fields) -> Decoder:
     """Describes a Gemma 3 from its config."""
     fields.only("hidden_activation", "gelu_pytorch_tanh")
+    fields.only("attn_logit_softcapping", None)  # which the reference reads and does not apply
     width, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
     head_dim, count = fields.size("head_dim", 256), fields.size("num_hidden_layers")
     window, bias = fields.size("sliding_window", 4096), fields.flag("attention_bias")
@@ -39,7 +40,6 @@ def decoder(fields: Fields) -> Decoder:
                 bias=bias,
                 out_bias=bias,
                 qk_norm=True,
-                soft_cap=fields.get("attn_logit_softcapping", None),
             ),
             block=block,
             sandwich=True,

@@ -15,7 +15,7 @@ def decoder(fields: Fields) -> Decoder:
     fields.only("hidden_act", "silu")
     width, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
     head_dim, count = fields.size("head_dim", width // heads), fields.size("num_hidden_layers")
-    window, bias = fields.get("sliding_window", None), fields.flag("attention_bias", True)
+    window, bias = fields.window(), fields.flag("attention_bias", True)
     rope = fields.rope(head_dim, theta=150000.0)
     top_k = fields.size("num_experts_per_tok", fields.get("experts_per_token", None))
     block = Routed(

@@ -22,7 +22,7 @@ def decoder(fields: Fields) -> Decoder:
             head_dim=head_dim,
             scale=head_dim**-0.5,
             rope=fields.rope(head_dim, theta=1e6),
-            window=fields.get("sliding_window", None),
+            window=fields.window(),
         ),
         block=Routed(
             experts=fields.size("num_local_experts"),

@@ -16,7 +16,7 @@ def decoder(fields: Fields) -> Decoder:
     width, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
     head_dim = fields.size("head_dim", width // heads)
     bias = fields.flag("attention_bias")
-    window = fields.get("sliding_window", None) if fields.flag("use_sliding_window") else None
+    window = fields.window() if fields.flag("use_sliding_window") else None
     fields.get("sliding_window", None)
     fields.get("max_window_layers", None)
     mixer = Heads(

@@ -1,0 +1,231 @@
+"""Every family against Hugging Face's logits, in one piece and token by token, and its tensors."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import mcjax
+from mcjax.hub import Folder
+from mcjax.models import weights
+from mcjax.models.decoder import segments
+from mcjax.models.families import PAGES, describe
+from mcjax.models.language_model import LanguageModel
+
+FIXTURES = Path(__file__).parent / "fixtures"
+NAMES = sorted(path.stem.removeprefix("family_") for path in FIXTURES.glob("family_*.npz"))
+SOURCE = Path(mcjax.__file__).parent
+
+
+def fixture(name):
+    """Config, tokens, logits and tensors."""
+    arrays = dict(np.load(FIXTURES / f"family_{name}.npz"))
+    config = json.loads(str(arrays.pop("config")))
+    return config, arrays.pop("tokens"), arrays.pop("logits"), arrays
+
+
+def write(folder, config, tensors):
+    """A Hugging Face folder."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(params=NAMES)
+def case(request, tmp_path):
+    config, tokens, logits, tensors = fixture(request.param)
+    return mcjax.load(write(tmp_path / "model", config, tensors)), tokens, logits
+
+
+def error(got, wanted):
+    """Relative to the largest logit."""
+    return float(np.max(np.abs(np.asarray(got) - wanted)) / np.max(np.abs(wanted)))
+
+
+def test_every_family_has_fixtures():
+    assert {fixture(name)[0]["model_type"] for name in NAMES} | {"mixtral"} == set(PAGES)
+    assert mcjax.families() == tuple(PAGES)
+
+
+def test_logits_are_the_references(case):
+    model, tokens, logits = case
+    assert error(model(tokens), logits) < 1e-4
+
+
+def test_caches_give_the_same(case):
+    """Ragged prompts padded at the end, in chunks, then token by token."""
+    model, tokens, logits = case
+    module, params, length = model.module, model.params, tokens.shape[1]
+    apply = jax.jit(module.apply)
+    cache = module.empty_cache(2, length + 3)
+    first, more = np.array([4, 7]), np.array([3, 1])
+    out, cache = apply({"params": params}, tokens[:, :7], None, cache, first)
+    assert error(out[0, :4], logits[0, :4]) < 2e-4
+    assert error(out[1], logits[1, :7]) < 2e-4
+    rows = np.stack([tokens[b, n : n + 3] for b, n in enumerate(first)])
+    positions = first[:, None] + np.arange(3)
+    out, cache = apply({"params": params}, rows, positions, cache, more)
+    assert error(out[0], logits[0, 4:7]) < 2e-4
+    assert error(out[1, 0], logits[1, 7]) < 2e-4
+    at = first + more
+    for _ in range(length - 8):
+        row = np.stack([tokens[b, n : n + 1] for b, n in enumerate(at)])
+        out, cache = apply({"params": params}, row, at[:, None], cache)
+        for b, n in enumerate(at):
+            assert error(out[b, 0], logits[b, n]) < 2e-4
+        at = at + 1
+
+
+def test_batches_equal_single_prompts(case):
+    model, tokens, _ = case
+    together = model(tokens)
+    for b in range(2):
+        assert error(model(tokens[b : b + 1])[0], together[b]) < 1e-5
+
+
+def test_init_has_the_shapes_of_what_is_read(case):
+    model, tokens, _ = case
+    drawn = jax.eval_shape(lambda: model.module.init(jax.random.key(0), tokens))["params"]
+    assert jax.tree.map(lambda a: a.shape, drawn) == jax.tree.map(lambda a: a.shape, model.params)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "gemma3", "gpt_oss", "qwen3_moe", "qwen3_next"])
+def test_gradients_are_finite_and_reach_every_weight(name, tmp_path):
+    config, tokens, _, tensors = fixture(name)
+    model = mcjax.load(write(tmp_path / "model", config, tensors))
+
+    def loss(params):
+        logits = model.module.apply({"params": params}, tokens)
+        return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - logits[..., 0])
+
+    params = jax.tree.map(lambda a: a.astype(jnp.float32), model.params)
+    gradients = jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(loss))(params))
+    still = [jax.tree_util.keystr(p) for p, g in gradients if not np.any(np.asarray(g))]
+    assert all(np.isfinite(g).all() for _, g in gradients)
+    # The correction chooses experts and weighs none.
+    assert all("correction" in path for path in still), still
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_weight_matters(name, tmp_path):
+    """Each tensor of the checkpoint moved alone moves the logits."""
+    config, tokens, logits, tensors = fixture(name)
+    model = mcjax.load(write(tmp_path / "model", config, tensors))
+    apply = jax.jit(lambda params: model.module.apply({"params": params}, tokens))
+    leaves, tree = jax.tree.flatten(model.params)
+    names = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(model.params)]
+    for i, leaf in enumerate(leaves):
+        noise = np.random.default_rng(i).standard_normal(leaf.shape).astype(leaf.dtype)
+        moved = [*leaves[:i], leaf + 0.3 * noise, *leaves[i + 1 :]]
+        assert error(apply(jax.tree.unflatten(tree, moved)), logits) > 2e-3, names[i]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rules_write_what_they_read(name, tmp_path):
+    config, _, _, tensors = fixture(name)
+    folder = Folder(write(tmp_path / "model", config, tensors))
+    for i, layer in enumerate(folder.decoder.layers):
+        for rule in folder._rules(i, layer):
+            if any("{e}" in n for n in rule.names):
+                count = layer.block.experts
+                own = [
+                    np.stack([tensors[folder._inner(i)(n.format(e=e))] for e in range(count)])
+                    for n in rule.names
+                ]
+            else:
+                own = [tensors[folder._inner(i)(n)] for n in rule.names]
+            back = rule.write([np.asarray(a) for a in rule.read(own)])
+            for a, b in zip(own, back, strict=True):
+                np.testing.assert_allclose(a, b.astype(np.float16), rtol=1e-3, atol=1e-6)
+
+
+def test_a_wrapper_is_looked_into(tmp_path):
+    config, tokens, logits, tensors = fixture("gemma3")
+    wrapped = {f"language_model.{name}": value for name, value in tensors.items()}
+    wrapped["vision_tower.patch.weight"] = np.ones((2, 2), np.float16)
+    outer = {"model_type": "gemma3", "text_config": config, "vision_config": {"hidden_size": 4}}
+    model = mcjax.load(write(tmp_path / "model", outer, wrapped))
+    assert error(model(tokens), logits) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attention_multiplier": 2.0}, "attention_multiplier=2.0"),
+        ({"hidden_act": "relu"}, "hidden_act 'relu'"),
+        ({"num_experts_per_tok": 0}, "num_experts_per_tok must be a positive integer, got 0"),
+        ({"moe_intermediate_size": None}, "'moe_intermediate_size' is missing"),
+        ({"model_type": "qwen9"}, "'qwen9' is not supported"),
+        ({"hidden_size": 38}, "config.json implies"),
+        ({"num_experts": 7}, "missing, first model.layers.0.mlp.experts.6"),
+        ({"rope_parameters": {"rope_type": "spiral"}}, "unknown rope type 'spiral'"),
+    ],
+)
+def test_configs_are_refused(tmp_path, change, message):
+    config, _, _, tensors = fixture("qwen3_moe")
+    with pytest.raises(ValueError, match=message):
+        mcjax.load(write(tmp_path / "model", config | change, tensors))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("model.layers.0.self_attn.q_proj.bias", "nothing reads .*q_proj.bias"),
+        ("base_model.model.layers.0.lora_A.weight", "nothing reads .*lora_A"),
+        ("model.layers.0.mlp.gate.qweight", "GPTQ or AWQ checkpoint"),
+        ("model.layers.0.mlp.gate.weight_scale_inv", "FP8 checkpoint"),
+        ("model.layers.7.mlp.gate.weight", "nothing reads"),
+    ],
+)
+def test_tensors_are_refused(tmp_path, name, message):
+    config, _, _, tensors = fixture("qwen3_moe")
+    surplus = {**tensors, name: np.ones(2, np.float16)}
+    with pytest.raises(ValueError, match=message):
+        mcjax.load(write(tmp_path / "model", config, surplus))
+
+
+def test_harmless_tensors_are_left(tmp_path):
+    config, tokens, logits, tensors = fixture("qwen3_moe")
+    surplus = {**tensors, "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float16)}
+    surplus["mtp.fc.weight"] = np.ones(2, np.float16)
+    model = mcjax.load(write(tmp_path / "model", config, surplus))
+    assert error(model(tokens), logits) < 1e-4
+
+
+def test_segments_find_periods():
+    def lengths(text):
+        return [("".join(s.period), s.repeats) for s in segments(list(text))]
+
+    assert lengths("aaaa") == [("a", 4)]
+    assert lengths("abbbb") == [("a", 1), ("b", 4)]
+    assert lengths("aaabaaabaaab") == [("aaab", 3)]
+    assert lengths("aaaaabaaaaabaaaaabaa") == [("aaaaab", 3), ("a", 2)]
+    assert lengths("abc") == [("a", 1), ("b", 1), ("c", 1)]
+    for text in ("abababa", "aabbaabb", "abcabcabd"):
+        assert "".join("".join(s.period) * s.repeats for s in segments(list(text))) == text
+
+
+def test_programs_do_not_grow_with_depth():
+    """A deep model's program has no more instructions than a shallow one's."""
+    config = fixture("qwen3_moe")[0]
+    sizes = []
+    for depth in (4, 32):
+        module = LanguageModel(describe(config | {"num_hidden_layers": depth})[1])
+        params = jax.eval_shape(lambda m=module: weights.init(m.decoder, jax.random.key(0)))
+        tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+        text = jax.jit(module.apply).lower({"params": params}, tokens).as_text()
+        sizes.append(text.count("\n"))
+    assert sizes[1] <= 1.02 * sizes[0]
+
+
+def test_families_are_known_on_their_pages_alone():
+    for path in SOURCE.rglob("*.py"):
+        if path.parent.name != "families" and path.name != "config.py":
+            text = path.read_text()
+            for branch in ("model_type ==", "model_type in", 'model_type") =='):
+                assert branch not in text, path
