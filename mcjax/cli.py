@@ -132,6 +132,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="go on from finished layers of an interrupted run, and keep them if interrupted",
     )
+    _add_bos(compress)
     compress.set_defaults(run=_compress)
 
     info = commands.add_parser(
@@ -177,6 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--max-tokens", type=int, help="use only the first tokens of the text")
     evaluate.add_argument("--json", action="store_true", help="end with one JSON object")
+    _add_bos(evaluate)
     evaluate.set_defaults(run=_evaluate)
     generate = commands.add_parser(
         "generate",
@@ -214,8 +216,20 @@ def _parser() -> argparse.ArgumentParser:
         "--stop", metavar="TEXT", action="append", default=[], help="end before this text; repeat"
     )
     generate.add_argument("--json", action="store_true", help="end with one JSON object")
+    _add_bos(generate)
     generate.set_defaults(run=_generate)
     return parser
+
+
+def _add_bos(command: argparse.ArgumentParser) -> None:
+    """The option that says how texts begin."""
+    command.add_argument(
+        "--bos",
+        default="auto",
+        metavar="auto|always|never",
+        help="begin windows and prompts with the beginning-of-sequence token; auto (default) as "
+        "the tokenizer does",
+    )
 
 
 def _add_pruning(command: argparse.ArgumentParser) -> None:
@@ -310,6 +324,7 @@ def _compress(arguments: argparse.Namespace) -> None:
         group_size=group_size,
         samples=arguments.samples,
         seq_len=arguments.seq_len,
+        bos=arguments.bos,
         effort=arguments.effort,
         resume=arguments.resume,
         progress=_progress,
@@ -374,6 +389,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         budget=arguments.budget,
         bits=arguments.bits,
         seq_len=arguments.seq_len,
+        bos=arguments.bos,
         max_tokens=arguments.max_tokens,
         calibration=arguments.calibration,
         **_pruning(arguments),
@@ -419,6 +435,7 @@ def _generate(arguments: argparse.Namespace) -> None:
             temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p
         ),
         seed=arguments.seed,
+        bos=arguments.bos,
         stop=arguments.stop,
         write=write if stream else None,
         draft_bits=arguments.draft_bits,

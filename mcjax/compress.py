@@ -30,6 +30,17 @@ RARE_SHARE = 0.1
 EFFORTS = {"fast": 1, "normal": 6, "thorough": 15}
 """Rounds of descent after the GPTQ pass, see `mcjax.quantize`."""
 
+TRAVELS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "LICENSE",
+    "LICENSE.txt",
+    "NOTICE",
+)
+"""What an artifact takes along from its source, where the source has it."""
+
 GRAM_FLOOR = 1e-3
 """Weight of every calibration token in every expert's Gram matrix, see `LayerGrams`."""
 
@@ -43,6 +54,7 @@ def compress(
     group_size: int | None = None,
     samples: int = 128,
     seq_len: int = 2048,
+    bos: str = "auto",
     effort: str = "normal",
     resume: bool = False,
     experts: Sequence[Mapping[str, BitPlanes]] | None = None,
@@ -63,6 +75,7 @@ def compress(
       group_size: input features that share a table entry, None for each weight's default.
       samples: calibration windows, spread evenly over the text.
       seq_len: tokens in a window, at most the model's positions.
+      bos: whether windows begin with the beginning-of-sequence token, see `mcjax.text.beginning`.
       effort: one of `EFFORTS`, time for quality.
       resume: go on from layers that an interrupted run with the same inputs left behind, and keep
         those finished if this one is interrupted.
@@ -93,7 +106,8 @@ def compress(
         resolve_group_size(d_in, group_size)
     seq_len = min(seq_len, config.max_position_embeddings)
     tokens = text.encode_file(folder.tokenizer_path, calibration, config.vocab_size)
-    windows = text.windows(tokens, seq_len, "calibration text")
+    first = text.beginning(folder.tokenizer_path, bos)
+    windows = text.windows(tokens, seq_len, "calibration text", first)
     windows = text.spread(windows, samples)
 
     identity = {
@@ -119,7 +133,9 @@ def compress(
     _prepare(partial_out, identity, resume)
     try:
         manifest = _run(folder, windows, partial_out, identity, experts, batch_tokens, progress)
-        shutil.copyfile(folder.tokenizer_path, partial_out / "tokenizer.json")
+        for file in TRAVELS:
+            if (folder.path / file).is_file():
+                shutil.copyfile(folder.path / file, partial_out / file)
         checkpoint.write_manifest(partial_out, manifest)
         for i in range(config.num_hidden_layers):
             (partial_out / f"layer_{i}.json").unlink()

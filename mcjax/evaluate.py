@@ -34,6 +34,7 @@ def evaluate(
     quantile: float = odp.QUANTILE,
     calibration: str | Path | None = None,
     act_bits: int | None = None,
+    bos: str = "auto",
     progress: Callable[..., Any] = lambda items, **_: items,
 ) -> dict[str, Any]:
     """Perplexity on a text file.
@@ -49,6 +50,7 @@ def evaluate(
       quantile: share of the lower-ranked experts that is skipped on calibration text.
       calibration: a text file, for pruning in a Hugging Face folder; artifacts carry their own.
       act_bits: rounds activations to 8 or 16 bits before products with an artifact's planes.
+      bos: whether windows begin with the beginning-of-sequence token, see `mcjax.text.beginning`.
       progress: wraps the iteration over batches, called with (items, description=...).
 
     Returns:
@@ -99,12 +101,14 @@ def evaluate(
                     f"--odp on the folder {path} needs --calibration TEXT to choose thresholds by"
                 )
             tokens = text.encode_file(tokenizer_path, calibration, config.vocab_size)
-            some = text.spread(text.windows(tokens, seq_len, "calibration text"), 128)
+            first = text.beginning(tokenizer_path, bos)
+            some = text.windows(tokens, seq_len, "calibration text", first)
+            some = text.spread(some, 128)
             params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
             statistics = dense_pruning_statistics(config, params, some)
             params = serving.with_pruning(params, statistics, prune, quantile)
             module = module.clone(prune=prune)
-    windows = _windows(tokenizer_path, text_path, config, seq_len, max_tokens)
+    windows = _windows(tokenizer_path, text_path, config, seq_len, max_tokens, bos)
     start = time.perf_counter()
     value, skipped = text.perplexity(
         module, params, windows, progress=lambda items: progress(items, description="eval")
@@ -136,13 +140,18 @@ def dense_pruning_statistics(
     return statistics
 
 
-def _windows(tokenizer_path, text_path, config, seq_len, max_tokens) -> np.ndarray:
+def _windows(tokenizer_path, text_path, config, seq_len, max_tokens, bos) -> np.ndarray:
+    if seq_len > config.max_position_embeddings:
+        raise ValueError(
+            f"--seq-len {seq_len} is more than the model's {config.max_position_embeddings} "
+            "positions"
+        )
     tokens = text.encode_file(tokenizer_path, text_path, config.vocab_size)
     if max_tokens is not None:
         if max_tokens < seq_len:
             raise ValueError(f"--max-tokens {max_tokens} is less than one window of {seq_len}")
         tokens = tokens[:max_tokens]
-    return text.windows(tokens, seq_len)
+    return text.windows(tokens, seq_len, first=text.beginning(tokenizer_path, bos))
 
 
 def _dense_facts(params: Any) -> dict[str, Any]:

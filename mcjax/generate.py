@@ -22,6 +22,7 @@ from mcjax.checkpoint import MANIFEST
 from mcjax.hub import Checkpoint
 from mcjax.sampling import Sampling, sample
 from mcjax.speculate import Draft, Tally, hold_in_loop, self_draft
+from mcjax.text import beginning, open_tokenizer
 
 PREFILL_CHUNK = 512
 """Tokens of a prompt that are read at once, by which what a prefill holds is bounded."""
@@ -255,6 +256,7 @@ def generate_text(
     max_new_tokens: int = 128,
     sampling: Sampling | None = None,
     seed: int = 0,
+    bos: str = "auto",
     stop: Sequence[str] = (),
     write: Callable[[str], Any] | None = None,
     draft_bits: int | None = None,
@@ -273,6 +275,8 @@ def generate_text(
       max_new_tokens: at most so many.
       sampling: None takes the likeliest token.
       seed: of the sampling.
+      bos: whether prompts begin with the beginning-of-sequence token, as `mcjax.text.beginning`
+        has it; one that is there is not put before another.
       stop: a continuation ends before the first of these texts, or a token of the model's
         `eos_token_ids`.
       write: called with each new piece of the first continuation as soon as it is sure.
@@ -288,8 +292,6 @@ def generate_text(
     Raises:
       ValueError: for input that cannot be served.
     """
-    from tokenizers import Tokenizer
-
     path, draft, tally = Path(path), None, Tally()
     if (path / MANIFEST).is_file():
         model = serving.load(
@@ -308,11 +310,13 @@ def generate_text(
         model = serving.load(path)
         module, params, average = model.module, model.params, model.average_bits
         tokenizer_path = Checkpoint(path).tokenizer_path
-    tokenizer = Tokenizer.from_file(str(tokenizer_path))
+    tokenizer = open_tokenizer(tokenizer_path)
     encoded = [tokenizer.encode(text, add_special_tokens=False).ids for text in prompts]
     for text, ids in zip(prompts, encoded, strict=True):
         if not ids:
             raise ValueError(f"the prompt {text!r} is empty; give at least one token")
+    first = beginning(tokenizer_path, bos)
+    encoded = [ids if first in (None, ids[0]) else [first, *ids] for ids in encoded]
 
     written: list[list[int]] = [[] for _ in prompts]
     texts, done, shown = [""] * len(prompts), [False] * len(prompts), 0

@@ -91,6 +91,8 @@ def plot(facts: dict[str, Any], file: str | Path) -> None:
     import matplotlib.pyplot as plt
 
     file = Path(file)
+    if not file.parent.is_dir():
+        raise ValueError(f"the folder {file.parent} for the plot {file.name} does not exist")
     points = [p for p in facts["measured"] if p.get("bytes_read")]
     rows = 1 + bool(points)
     layers, experts = facts["layers"], facts["experts"]

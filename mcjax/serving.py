@@ -55,8 +55,24 @@ class Model:
     bytes_read: int
     expert_bytes_read: int
 
-    def __call__(self, tokens: jax.Array) -> Any:
-        """Tokens int [B, T] to next-token logits [B, T, vocab]."""
+    def __call__(self, tokens: Any) -> Any:
+        """Tokens int [B, T], an array or nested lists, to next-token logits [B, T, vocab].
+
+        Raises:
+          TypeError: if they are no integers.
+          ValueError: if they are not [B, T], or out of the vocabulary's range (where concrete).
+        """
+        if not isinstance(tokens, jax.Array):
+            tokens = np.asarray(tokens)
+        if not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise TypeError(f"tokens must be integers, got {tokens.dtype}")
+        if tokens.ndim != 2:
+            raise ValueError(f"tokens must be [batch, length], got shape {tokens.shape}")
+        vocab = self.module.config.vocab_size
+        if not isinstance(tokens, jax.core.Tracer) and tokens.size:
+            low, high = int(jnp.min(tokens)), int(jnp.max(tokens))
+            if low < 0 or high >= vocab:
+                raise ValueError(f"tokens must be 0 to {vocab - 1}, got {low} to {high}")
         return _logits(self.module, self.params, tokens)
 
     @property
@@ -112,13 +128,10 @@ class Model:
         Returns:
           A new `Model`; this one stays as it is.
         """
+        held = self.spec
         reader = checkpoint.ArtifactReader(self.path)
         wanted = resolve_allocation(reader.manifest, budget, bits, allocation)
-        spec = PlaneSpec(
-            allocation=wanted,
-            attention=self.spec.attention,
-            group_size=self.spec.group_size,
-        )
+        spec = PlaneSpec(allocation=wanted, attention=held.attention, group_size=held.group_size)
         params = dict(self.params)
         for i, widths in enumerate(wanted):
             params[f"layer_{i}"] = checkpoint.read_layer(

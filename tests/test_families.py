@@ -229,3 +229,32 @@ def test_families_are_known_on_their_pages_alone():
             text = path.read_text()
             for branch in ("model_type ==", "model_type in", 'model_type") =='):
                 assert branch not in text, path
+
+
+@pytest.mark.parametrize(
+    ("tokens", "kind", "message"),
+    [
+        ([[0, 64]], ValueError, "tokens must be 0 to 63, got 0 to 64"),
+        ([[-1, 3]], ValueError, "got -1 to 3"),
+        ([1, 2, 3], ValueError, r"\[batch, length\], got shape \(3,\)"),
+        ([[1.0, 2.0]], TypeError, "tokens must be integers, got float64"),
+    ],
+)
+def test_tokens_are_checked(tmp_path, tokens, kind, message):
+    config, wanted, logits, tensors = fixture("qwen3_moe_plain")
+    model = mcjax.load(write(tmp_path / "model", config, tensors))
+    with pytest.raises(kind, match=message):
+        model(tokens)
+    assert error(model(wanted.tolist()), logits) < 1e-4
+    assert error(jax.jit(lambda m, t: m(t))(model, wanted), logits) < 1e-4
+
+
+def test_a_folder_is_served_dense_only(tmp_path):
+    config, _, _, tensors = fixture("gpt_oss")
+    folder = write(tmp_path / "model", config, tensors)
+    with pytest.raises(ValueError, match="not an artifact"):
+        mcjax.load(folder, budget=2.0)
+    model = mcjax.load(folder)
+    assert model.average_bits == model.effective_bits == 16
+    with pytest.raises(ValueError, match="dense weights, not planes"):
+        model.refine(budget=2.0)

@@ -1,8 +1,17 @@
-"""Flax modules.
+"""Language models.
 
-config   sizes, from Hugging Face's config.json
-rope     rotary positions and their stretchings
-mixtral  the language model, dense or on planes
+decoder         what a model is made of, described by data
+weights         its weights by role: paths, shapes, beginnings
+language_model  the described model as a function and as a Linen module, its layers scanned
+attention       grouped queries, and queries to a latent
+delta           the gated delta rule
+experts         gated networks, for all tokens or routed
+norms           root mean square normalisation
+rope            rotary positions and their stretchings
+families        a page for each family: its config and its tensors
+config          sizes of a Mixtral on planes
+mixtral         a Mixtral, dense or on planes; what artifacts are served by
+resnet, vit     images, with `layers` that train at every width
 """
 
 from mcjax.models.config import MixtralConfig, RopeConfig
