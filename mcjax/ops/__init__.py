@@ -5,6 +5,7 @@ choice    which product they use
 grouped   rows sorted by expert, so that each is computed once
 popcount  int8 activations against planes, by counting bits
 tiled     dequantised a tile at a time
+linear    linear maps with transposes of their own, under every transformation
 narrow    bfloat16 embeddings and heads, widened a tile at a time
 route     each token's most probable experts
 pallas    rows grouped by expert: the plan of blocks, and the kernel for TPU

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mcjax.ops.linear import linear
 from mcjax.ops.tiled import TILE_BYTES, fold_tiles
 
 
@@ -26,8 +27,19 @@ def narrow_dot(x: jax.Array, weight: jax.Array) -> jax.Array:
     return x @ weight.T.astype(x.dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _by_tiles(tile, x, weight):
+    return linear(partial(_forward, tile), _backward, weight, x)
+
+
+@_by_tiles.defjvp
+def _jvp(tile, primals, tangents):
+    (x, weight), (of_x, of_weight) = primals, tangents
+    change = _by_tiles(tile, of_x, weight) + x @ of_weight.T.astype(x.dtype)
+    return _by_tiles(tile, x, weight), change
+
+
+def _forward(tile, weight, x):
     d_out = len(weight)
     # As integers: XLA on CPU would widen bfloat16 before cutting it, and so the whole of it. That
     # copies the weight, at half the bytes and a third of the time.
@@ -38,18 +50,10 @@ def _by_tiles(tile, x, weight):
 
     def visit(start, own, out):
         wide = lax.bitcast_convert_type(own.astype(jnp.uint32) << 16, jnp.float32)
-        return lax.dynamic_update_slice(out, x @ wide.T, (0, start))
+        return lax.dynamic_update_slice_in_dim(out, x @ wide.T, start, axis=1)
 
     return fold_tiles(d_out, tile, cut, visit, jnp.zeros((len(x), d_out), x.dtype))
 
 
-def _forward(tile, x, weight):
-    return _by_tiles(tile, x, weight), (x, weight)
-
-
-def _backward(tile, residuals, cotangent):
-    x, weight = residuals
-    return cotangent @ weight.astype(x.dtype), (cotangent.T @ x).astype(weight.dtype)
-
-
-_by_tiles.defvjp(_forward, _backward)
+def _backward(weight, cotangent):
+    return cotangent @ weight.astype(cotangent.dtype)

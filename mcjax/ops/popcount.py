@@ -11,11 +11,12 @@ import numpy as np
 
 from mcjax import tables as tables_lib
 from mcjax.bitplane import WORD, BitPlanes
+from mcjax.ops.linear import alike
 from mcjax.ops.rounding import quantize_activations
-from mcjax.ops.tiled import backward, fold_tiles
+from mcjax.ops.tiled import fold_tiles, tiled_dot
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
 @partial(jax.jit, static_argnums=2)  # traced once a shape, not for each of a model's weights
 def popcount_dot(x: jax.Array, planes: BitPlanes, act_bits: int = 8) -> jax.Array:
     """X [N, d_in] times planes [d_in, d_out] with x rounded to `act_bits` by rows.
@@ -30,11 +31,12 @@ def popcount_dot(x: jax.Array, planes: BitPlanes, act_bits: int = 8) -> jax.Arra
     Returns:
       [N, d_out] of x's dtype.
     """
+    x, planes = alike((x, planes))
     bits, words, groups, _ = planes.planes.shape
     level, scale = quantize_activations(x, act_bits)
     level = jnp.pad(level, ((0, 0), (0, groups * planes.group_size - planes.d_in)))
     level = level.reshape(-1, groups, words, WORD)
-    total = jnp.sum(level, axis=(-1, -2)).astype(jnp.float32)
+    total = jnp.sum(level, axis=(-1, -2), dtype=jnp.int32).astype(jnp.float32)
     shifts = jnp.arange(WORD, dtype=jnp.uint32)
     place = jnp.arange(act_bits, dtype=jnp.uint32)[:, None, None, None]
     twice = 2 ** np.arange(1, act_bits + 1, dtype=np.int32)[:, None, None]
@@ -53,20 +55,21 @@ def popcount_dot(x: jax.Array, planes: BitPlanes, act_bits: int = 8) -> jax.Arra
     # Array axes rather than sums written out: a third of the program, and no slower.
     def one_row(i, row, y):
         activation, total = row
-        out = jnp.zeros((1, planes.shape[-1]))
+        out = jnp.zeros((1, planes.shape[-1]), jnp.float32)
         for first in range(0, act_bits, 8):  # of more at once XLA on CPU makes no single pass
             count: Any = 0
             for v in range(words):
                 both = planes.planes[:, None, v] & activation[0, first : first + 8, :, v, None]
                 count = count + jax.lax.population_count(both)  # [bits, 8, groups, d_out]
             count = count.astype(jnp.int32) * twice[first : first + 8]
-            each = jnp.sum(count, axis=1).astype(jnp.float32)
+            each = jnp.sum(count, axis=1, dtype=jnp.int32).astype(jnp.float32)
             if first == 0:
                 each = each + relative * total[0, :, None]
             # A sum by a product with ones leaves all of the above one fused pass on CPU.
-            each, ones = (alpha * each).reshape(bits * groups, -1), jnp.ones((1, bits * groups))
+            each = (alpha * each).reshape(bits * groups, -1)
+            ones = jnp.ones((1, bits * groups), jnp.float32)
             out = out + jnp.dot(ones, each, precision="highest")
-        return jax.lax.dynamic_update_slice(y, out, (i, 0))
+        return jax.lax.dynamic_update_slice_in_dim(y, out, i, axis=0)
 
     rows = activation, total
 
@@ -74,12 +77,12 @@ def popcount_dot(x: jax.Array, planes: BitPlanes, act_bits: int = 8) -> jax.Arra
         return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, i, 1), rows)
 
     # Row by row: what a row costs is a pass over the planes.
-    y = fold_tiles(len(x), 1, cut, one_row, jnp.zeros((len(x), planes.shape[-1])))
+    out = jnp.zeros((len(x), planes.shape[-1]), jnp.float32)
+    y = fold_tiles(len(x), 1, cut, one_row, out)
     return (y * scale).astype(x.dtype)
 
 
-def _forward(x, planes, act_bits):
-    return popcount_dot(x, planes, act_bits), planes
-
-
-popcount_dot.defvjp(_forward, lambda act_bits, planes, cotangent: backward(planes, cotangent))
+@popcount_dot.defjvp
+def _straight_through(act_bits, primals, tangents):
+    x, planes = primals
+    return popcount_dot(x, planes, act_bits), tiled_dot(tangents[0], planes)

@@ -12,28 +12,32 @@ from jax import lax
 
 from mcjax import tables as tables_lib
 from mcjax.bitplane import BitPlanes, unpack_signs
+from mcjax.ops.linear import alike, linear
 from mcjax.ops.rounding import quantize_activations
 
 TILE_BYTES = 4 << 20
 """Largest dequantised tile on a CPU; much larger buffers are mapped anew for every product."""
 
 
-@jax.custom_vjp
 def tiled_dot(x: jax.Array, planes: BitPlanes) -> jax.Array:
     """X [N, d_in] times planes [d_in, d_out], in x's dtype with float32 sums; planes are constants.
 
     Features are multiplied in the order in which the planes hold them, so it is x that is permuted.
     """
+    return linear(_forward, _backward, planes, x)
+
+
+def _forward(planes, x):
     rows = planes.plane_order(x)
 
     def visit(start, weight, out):
         y = _product(rows, weight).astype(x.dtype)
-        return lax.dynamic_update_slice(out, y, (0, start))
+        return lax.dynamic_update_slice_in_dim(out, y, start, axis=1)
 
     return _over_tiles(planes, x.dtype, visit, jnp.zeros((x.shape[0], planes.shape[-1]), x.dtype))
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def int8_dot(x: jax.Array, planes: BitPlanes) -> jax.Array:
     """X [N, d_in] times planes [d_in, d_out] as integers: x by rows, weights by output features.
 
@@ -43,6 +47,7 @@ def int8_dot(x: jax.Array, planes: BitPlanes) -> jax.Array:
     Returns:
       [N, d_out] of x's dtype.
     """
+    x, planes = alike((x, planes))
     level, scale = quantize_activations(x)
     rows = planes.plane_order(level.astype(jnp.int8))
 
@@ -55,39 +60,33 @@ def int8_dot(x: jax.Array, planes: BitPlanes) -> jax.Array:
         scaled, unit = own
         weight = jnp.round(unpack_signs(*scaled)).astype(jnp.int8)
         y = jnp.dot(rows, weight, preferred_element_type=jnp.int32).astype(jnp.float32) * unit
-        return lax.dynamic_update_slice(out, (y * scale).astype(x.dtype), (0, start))
+        return lax.dynamic_update_slice_in_dim(out, (y * scale).astype(x.dtype), start, axis=1)
 
     out = jnp.zeros((x.shape[0], planes.shape[-1]), x.dtype)
     return _over_decoded(planes, prepare, visit, out)
 
 
-def transposed_dot(cotangent: jax.Array, planes: BitPlanes) -> jax.Array:
+@int8_dot.defjvp
+def _straight_through(primals, tangents):
+    x, planes = primals
+    return int8_dot(x, planes), tiled_dot(tangents[0], planes)
+
+
+def _backward(planes, cotangent):
     """[N, d_out] times the transpose of planes [d_in, d_out]: [N, d_in], by the same tiles."""
 
-    def visit(start, weight, carry):
-        change, done = carry
+    def visit(start, weight, change):
         tile = weight.shape[-1]
         dy = lax.dynamic_slice_in_dim(cotangent, start, tile, 1)
-        # The last tile may overlap the one before it.
+        # The last tile may overlap the one before it, which ended at a multiple of the size.
+        done = (start + tile - 1) // tile * tile
         dy = jnp.where(start + jnp.arange(tile) >= done, dy, 0)
-        return change + _product(dy, weight.T), start + tile
+        return change + _product(dy, weight.T)
 
-    zeros = jnp.zeros((cotangent.shape[0], planes.planes.shape[-2] * planes.group_size))
-    change, _ = _over_tiles(planes, cotangent.dtype, visit, (zeros, jnp.int32(0)))
+    features = planes.planes.shape[-2] * planes.group_size
+    zeros = jnp.zeros((cotangent.shape[0], features), jnp.float32)
+    change = _over_tiles(planes, cotangent.dtype, visit, zeros)
     return planes.feature_order(change).astype(cotangent.dtype)
-
-
-def _forward(x, planes):
-    return tiled_dot(x, planes), planes
-
-
-def backward(planes, cotangent):
-    """The gradient of a product with planes, however it was computed; planes have none."""
-    return transposed_dot(cotangent, planes), None
-
-
-tiled_dot.defvjp(_forward, backward)
-int8_dot.defvjp(lambda x, planes: (int8_dot(x, planes), planes), backward)
 
 
 def _over_tiles(planes: BitPlanes, dtype: Any, visit: Callable, carry: Any) -> Any:
@@ -132,13 +131,14 @@ def fold_tiles(length: int, tile: int, cut: Callable, visit: Callable, carry: An
     """
 
     def start(i):
-        return jnp.minimum(i * tile, length - tile)
+        return jnp.minimum(jnp.int32(i) * jnp.int32(tile), jnp.int32(length - tile))
 
     def step(i, carry):
         ready, carry = carry
         return cut(start(i + 1)), visit(start(i), ready, carry)
 
-    return lax.fori_loop(0, -(-length // tile), step, (cut(start(0)), carry))[1]
+    steps = jnp.int32(-(-length // tile))
+    return lax.fori_loop(jnp.int32(0), steps, step, alike((cut(start(0)), carry)))[1]
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:
