@@ -9,6 +9,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ def program() -> None:
 
     HiGHS greets on the C library's stdout, which is closed to it.
     """
+    _keep_programs(sys.argv[1:])
     results = os.dup(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.stdout = os.fdopen(results, "w")
@@ -55,12 +57,36 @@ def program() -> None:
     os._exit(status)  # threads of a failed write would print on the way out
 
 
+def _keep_programs(arguments: Sequence[str]) -> None:
+    """Turns JAX's persistent compilation cache on, unless the user's own settings say otherwise."""
+    import jax
+
+    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    options.add_argument("--compilation-cache")
+    chosen = options.parse_known_args(arguments)[0].compilation_cache
+    if chosen == "off":
+        jax.config.update("jax_enable_compilation_cache", False)
+        return
+    if chosen is None and "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", chosen or str(caches / "mcjax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mcjax",
         description="Quantise a Mixture-of-Experts model once; serve it at any precision.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"mcjax {version('mcjax')}")
+    parser.add_argument(
+        "--compilation-cache",
+        metavar="DIR|off",
+        help="where compiled programs are kept for the next time; JAX_COMPILATION_CACHE_DIR or, by "
+        "default, mcjax in the user's cache folder",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 

@@ -19,7 +19,8 @@ import numpy as np
 from mcjax import checkpoint, text
 from mcjax.bitplane import BitPlanes, resolve_group_size
 from mcjax.calibrate import accumulate, empty_grams, expert_errors, pruning_statistics
-from mcjax.convert import HuggingFaceFolder, read_json
+from mcjax.convert import HuggingFaceFolder
+from mcjax.hub import read_json
 from mcjax.models.mixtral import layer as layer_module
 from mcjax.quantize import quantize
 

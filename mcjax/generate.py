@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -329,7 +330,7 @@ def generate_text(
         params,
         encoded,
         max_new_tokens,
-        sampling=sampling,
+        sampling=replace(sampling or Sampling(), known=max(tokenizer.get_vocab().values()) + 1),
         key=jax.random.key(seed),
         stop_tokens=ends,
         draft=draft,

@@ -171,7 +171,7 @@ def accept(
       first n + 1 tokens are the sequence's next ones and the others mean nothing.
     """
     if sampling.temperature == 0:
-        likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        likeliest = sample(None, logits, sampling)
         return likeliest, _leading(drafted == likeliest[..., :-1])
     accept_key, rest_key = jax.random.split(key)
     p = jax.nn.softmax(filter_logits(logits, sampling), axis=-1)

@@ -2,11 +2,15 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from mcjax import text
+from mcjax import hub, text
+from mcjax.sampling import Sampling, sample
+from mcjax.speculate import accept
 
 
 @pytest.fixture
@@ -60,3 +64,26 @@ def test_windows_begin_with_the_token():
     cut = text.windows(np.arange(1, 9), 4, first=0)
     assert cut.tolist() == [[0, 1, 2, 3], [0, 4, 5, 6]]
     assert text.windows(np.arange(1, 9), 4).tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
+
+
+def test_all_ends_of_both_configs_end_a_text(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 2}))
+    assert hub.read_config(tmp_path)["eos_token_id"] == 2
+    generation = {"eos_token_id": [1, 2, 7]}
+    (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    assert hub.read_config(tmp_path)["eos_token_id"] == [2, 1, 7]
+
+
+def test_ids_that_the_tokenizer_does_not_know_are_never_drawn():
+    logits = jnp.zeros((500, 8)).at[:, 6].set(9.0).at[:, 3].set(1.0)
+    for temperature in (0.0, 5.0):
+        sampling = Sampling(temperature=temperature, known=5)
+        drawn = sample(jax.random.key(0), logits, sampling)
+        assert drawn.max() == (3 if temperature == 0 else 4)
+    drafted = jnp.full((500, 1), 6)
+    for temperature in (0.0, 5.0):
+        sampling = Sampling(temperature=temperature, known=5)
+        tokens, accepted = accept(
+            jax.random.key(1), drafted, logits[:, None], jnp.stack([logits] * 2, 1), sampling
+        )
+        assert tokens[:, 0].max() < 5 and accepted.max() == 0
