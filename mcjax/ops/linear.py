@@ -100,9 +100,7 @@ def _jvp(primals, tangents, *, program, backward, count):
 
 def _transpose(cotangents, *args, program, backward, count):
     constants = list(args[:count])
-    cotangents = [
-        jnp.zeros(c.aval.shape, c.aval.dtype) if isinstance(c, ad.Zero) else c for c in cotangents
-    ]
+    cotangents = [ad.instantiate_zeros(c) for c in cotangents]
     cotangents = alike((constants, cotangents))[1]
     return [None] * count + list(_bind(backward, jaxpr_as_fun(program), constants, cotangents))
 
