@@ -23,7 +23,7 @@ SOURCE = Path(mcjax.__file__).parent
 
 def fixture(name):
     """Config, tokens, logits and tensors."""
-    arrays = dict(np.load(FIXTURES / f"family_{name}.npz"))
+    arrays = dict(np.load(FIXTURES / (name if "." in name else f"family_{name}.npz")))
     config = json.loads(str(arrays.pop("config")))
     return config, arrays.pop("tokens"), arrays.pop("logits"), arrays
 
@@ -150,6 +150,12 @@ def test_a_wrapper_is_looked_into(tmp_path):
     wrapped["vision_tower.patch.weight"] = np.ones((2, 2), np.float16)
     outer = {"model_type": "gemma3", "text_config": config, "vision_config": {"hidden_size": 4}}
     model = mcjax.load(write(tmp_path / "model", outer, wrapped))
+    assert error(model(tokens), logits) < 1e-4
+
+
+def test_a_wrapper_as_transformers_saves_it(tmp_path):
+    config, tokens, logits, tensors = fixture("wrapped_gemma3.npz")
+    model = mcjax.load(write(tmp_path / "model", config, tensors))
     assert error(model(tokens), logits) < 1e-4
 
 
