@@ -8,9 +8,14 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from mcjax.notes import Note
 
 EXAMPLES = """examples:
   mcjax demo
@@ -30,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.disable(logging.CRITICAL)
     threading.excepthook = lambda _: None
     try:
-        arguments.run(arguments)
+        with _notes_on_stderr():
+            arguments.run(arguments)
     except (ValueError, TypeError, OSError) as error:
         line = " ".join(str(error).split()) or type(error).__name__
         print(f"mcjax: error: {line}", file=sys.stderr)
@@ -39,6 +45,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("mcjax: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+@contextmanager
+def _notes_on_stderr() -> Iterator[None]:
+    """Prints the library's notes as lines on stderr, other warnings as ever."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", Note)
+        others = warnings.showwarning
+
+        def show(message, category, filename, lineno, file=None, line=None):
+            if issubclass(category, Note):
+                print(f"mcjax: note: {message}", file=sys.stderr)
+            else:
+                others(message, category, filename, lineno, file, line)
+
+        warnings.showwarning = show
+        yield
 
 
 def program() -> None:
@@ -62,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"mcjax {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     demo = commands.add_parser(
@@ -216,6 +240,13 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--json", action="store_true", help="end with one JSON object")
     generate.set_defaults(run=_generate)
     return parser
+
+
+def _version() -> str:
+    try:
+        return metadata.version("mcjax")
+    except metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        return "of a checkout"
 
 
 def _add_pruning(command: argparse.ArgumentParser) -> None:

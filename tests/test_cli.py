@@ -5,6 +5,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 
 import numpy as np
 import pytest
@@ -36,6 +37,12 @@ def test_import_is_light():
     heavy = "optax orbax tensorstore cvxpy safetensors tokenizers matplotlib tensorflow_datasets"
     code = f"import sys, mcjax; sys.exit(any(m in sys.modules for m in {heavy.split()!r}))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        run("--version")
+    assert capsys.readouterr().out.split() == ["mcjax", metadata.version("mcjax")]
 
 
 def test_eval_and_info(artifact, model_folder, text_file, capsys, tmp_path):
@@ -209,6 +216,7 @@ def test_bad_artifacts(artifact, text_file, tmp_path, capsys):
     assert run("info", artifact, "--verify") == 0
     for message, more in [
         ("not feasible", ("--budget", "nan")),
+        ("5 experts a layer of widths (1, 2, 3) allow 1 to 3 bits", ("--budget", 0.5)),
         ("allow 1 to 3 bits", ("--budget", 3.5)),
         ("allow 1 to 3 bits", ("--budget", -1)),
         ("bits 4 is not one of", ("--bits", 4)),
