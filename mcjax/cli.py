@@ -156,6 +156,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="go on from finished layers of an interrupted run, and keep them if interrupted",
     )
+    _add_bos(compress)
     compress.set_defaults(run=_compress)
 
     info = commands.add_parser(
@@ -201,6 +202,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--max-tokens", type=int, help="use only the first tokens of the text")
     evaluate.add_argument("--json", action="store_true", help="end with one JSON object")
+    _add_bos(evaluate)
     evaluate.set_defaults(run=_evaluate)
     generate = commands.add_parser(
         "generate",
@@ -238,6 +240,12 @@ def _parser() -> argparse.ArgumentParser:
         "--stop", metavar="TEXT", action="append", default=[], help="end before this text; repeat"
     )
     generate.add_argument("--json", action="store_true", help="end with one JSON object")
+    _add_bos(generate)
+    generate.add_argument(
+        "--chat",
+        action="store_true",
+        help="the prompt is a user's message, answered in the model's chat template",
+    )
     generate.set_defaults(run=_generate)
     return parser
 
@@ -247,6 +255,16 @@ def _version() -> str:
         return metadata.version("mcjax")
     except metadata.PackageNotFoundError:  # run from a checkout that is not installed
         return "of a checkout"
+
+
+def _add_bos(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--bos",
+        choices=["auto", "always", "never"],
+        default="auto",
+        help="begin each window or prompt with the beginning-of-sequence token; auto (default) is "
+        "as the tokenizer says",
+    )
 
 
 def _add_pruning(command: argparse.ArgumentParser) -> None:
@@ -342,6 +360,7 @@ def _compress(arguments: argparse.Namespace) -> None:
         samples=arguments.samples,
         seq_len=arguments.seq_len,
         effort=arguments.effort,
+        bos=arguments.bos,
         resume=arguments.resume,
         progress=_progress,
     )
@@ -407,10 +426,11 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         seq_len=arguments.seq_len,
         max_tokens=arguments.max_tokens,
         calibration=arguments.calibration,
+        bos=arguments.bos,
         **_pruning(arguments),
         progress=_progress,
     )
-    plain = not arguments.odp and arguments.act_bits is None
+    plain = not arguments.odp and arguments.act_bits is None and arguments.bos == "auto"
     if plain and Path(arguments.model, "manifest.json").is_file():
         record(arguments.model, Path(arguments.text).name, facts)
     if arguments.json:
@@ -433,7 +453,8 @@ def _generate(arguments: argparse.Namespace) -> None:
     if arguments.draft_bits is None and arguments.draft_length is not None:
         raise ValueError("--draft-length needs --draft-bits")
     stream = len(arguments.prompt) == 1 and not arguments.json
-    pending = [arguments.prompt[0]]  # written once the first token is there, so never on an error
+    before = ["" if arguments.chat else prompt for prompt in arguments.prompt]
+    pending = before[:1]  # written once the first token is there, so never on an error
 
     def write(text: str) -> None:
         print(*pending, text, sep="", end="", flush=True)
@@ -453,6 +474,8 @@ def _generate(arguments: argparse.Namespace) -> None:
         stop=arguments.stop,
         write=write if stream else None,
         draft_bits=arguments.draft_bits,
+        bos=arguments.bos,
+        chat=arguments.chat,
         draft_length=4 if arguments.draft_length is None else arguments.draft_length,
     )
     if arguments.json:
@@ -460,7 +483,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     elif stream:
         print()
     else:
-        for prompt, text in zip(arguments.prompt, facts["texts"], strict=True):
+        for prompt, text in zip(before, facts["texts"], strict=True):
             print(prompt + text)
     if facts["acceptance"] is not None:
         print(f"{100 * facts['acceptance']:.0f} % of drafted tokens accepted", file=sys.stderr)

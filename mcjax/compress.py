@@ -21,9 +21,21 @@ from mcjax.bitplane import BitPlanes, resolve_group_size
 from mcjax.calibrate import accumulate, empty_grams, expert_errors, pruning_statistics
 from mcjax.convert import HuggingFaceFolder, read_json
 from mcjax.models.mixtral import layer as layer_module
+from mcjax.notes import note
 from mcjax.quantize import quantize
 
 ATTENTION_WIDTHS = (4, 8)
+TRAVELS = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
+"""Files that an artifact takes over from the folder it is made of."""
+
 RARE_SHARE = 0.1
 """An expert is rare if it gets less than this share of the tokens that an even split would give."""
 
@@ -44,6 +56,7 @@ def compress(
     samples: int = 128,
     seq_len: int = 2048,
     effort: str = "normal",
+    bos: str = "auto",
     resume: bool = False,
     experts: Sequence[Mapping[str, BitPlanes]] | None = None,
     batch_tokens: int = 4096,
@@ -62,8 +75,9 @@ def compress(
       max_bits: planes of each expert weight.
       group_size: input features that share a table entry, None for each weight's default.
       samples: calibration windows, spread evenly over the text.
-      seq_len: tokens in a window, at most the model's positions.
+      seq_len: tokens in a window; more than the model's positions become those, with a note.
       effort: one of `EFFORTS`, time for quality.
+      bos: whether windows begin with the beginning-of-sequence token, see `mcjax.text.BOS`.
       resume: go on from layers that an interrupted run with the same inputs left behind, and keep
         those finished if this one is interrupted.
       experts: planes of each layer's `gate`, `up` and `down` that were made otherwise, by once-QAT
@@ -91,9 +105,15 @@ def compress(
     config = folder.config
     for d_in in {config.hidden_size, config.intermediate_size, _o_features(config)}:
         resolve_group_size(d_in, group_size)
-    seq_len = min(seq_len, config.max_position_embeddings)
+    if seq_len > config.max_position_embeddings:
+        note(
+            f"calibrating on windows of {config.max_position_embeddings} tokens, all the positions "
+            f"that the model has, not of {seq_len}"
+        )
+        seq_len = config.max_position_embeddings
     tokens = text.encode_file(folder.tokenizer_path, calibration, config.vocab_size)
-    windows = text.windows(tokens, seq_len, "calibration text")
+    begin = text.beginning(folder.tokenizer_path, config.vocab_size, bos)
+    windows = text.windows(tokens, seq_len, "calibration text", begin)
     windows = text.spread(windows, samples)
 
     identity = {
@@ -119,7 +139,7 @@ def compress(
     _prepare(partial_out, identity, resume)
     try:
         manifest = _run(folder, windows, partial_out, identity, experts, batch_tokens, progress)
-        shutil.copyfile(folder.tokenizer_path, partial_out / "tokenizer.json")
+        _copy_beside(folder.path, partial_out)
         checkpoint.write_manifest(partial_out, manifest)
         for i in range(config.num_hidden_layers):
             (partial_out / f"layer_{i}.json").unlink()
@@ -132,6 +152,14 @@ def compress(
             raise OSError(f"no space left to write {out}") from error
         raise
     return manifest
+
+
+def _copy_beside(source: Path, out: Path) -> None:
+    """Copies what belongs to a model beside its weights."""
+    for pattern in TRAVELS:
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, out / file.name)
 
 
 def coverage(manifest: dict[str, Any]) -> list[tuple[int, int, int]]:

@@ -29,7 +29,7 @@ from recipe import LanguageRecipe
 
 from mcjax.convert import write_hugging_face
 from mcjax.models import Mixtral, MixtralConfig
-from mcjax.text import encode_file, perplexity, spread, windows
+from mcjax.text import encode_file, open_tokenizer, perplexity, spread, windows
 
 
 def losses(module: Mixtral, params: Any, tokens: jax.Array, axis: str | None = None):
@@ -190,8 +190,6 @@ def prepare(recipe: LanguageRecipe, text: list[str], tokenizer: Path | None, wor
 
 
 def _prepare_tfds(recipe, name, tokenizer, work):
-    from tokenizers import Tokenizer
-
     try:
         import tensorflow_datasets as tfds
     except ImportError:
@@ -208,7 +206,7 @@ def _prepare_tfds(recipe, name, tokenizer, work):
     some = range(0, len(source) - count, max(1, (len(source) - count) // 20_000))
     _tokenizer(tokenizer, (documents.text(i) for i in some), recipe, work)
     (work / "held_out.txt").write_text("".join(held_out), encoding="utf-8")
-    encoder = Tokenizer.from_file(str(work / "tokenizer.json"))
+    encoder = open_tokenizer(work / "tokenizer.json")
     validation = encode_file(
         work / "tokenizer.json", work / "held_out.txt", recipe.model.vocab_size
     )
