@@ -26,7 +26,6 @@ from mcjax.quantize import quantize
 
 ATTENTION_WIDTHS = (4, 8)
 TRAVELS = (
-    "config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
@@ -137,9 +136,11 @@ def compress(
         identity["experts_crc32"] = [checkpoint.crc32(np.asarray(leaf)) for leaf in leaves]
     partial_out = out.parent / f".{out.name}.partial"
     _prepare(partial_out, identity, resume)
+    named = read_json(folder.path / "config.json").get("bos_token_id")
     try:
         manifest = _run(folder, windows, partial_out, identity, experts, batch_tokens, progress)
         _copy_beside(folder.path, partial_out)
+        manifest["bos_token_id"] = named
         checkpoint.write_manifest(partial_out, manifest)
         for i in range(config.num_hidden_layers):
             (partial_out / f"layer_{i}.json").unlink()

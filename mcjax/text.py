@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mcjax.checkpoint import MANIFEST, read_manifest
 from mcjax.convert import read_json
 
 BOS = ("auto", "always", "never")
@@ -40,7 +41,8 @@ def beginning(tokenizer_path: Path, vocab_size: int, bos: str = "auto") -> int |
     """Finds the token that texts begin with.
 
     Args:
-      tokenizer_path: a tokenizer.json; tokenizer_config.json and config.json are looked for beside.
+      tokenizer_path: a tokenizer.json; tokenizer_config.json and config.json (in an artifact the
+        manifest) are looked for beside.
       vocab_size: of the model.
       bos: one of `BOS`. With "auto" tokenizer_config.json's `add_bos_token` says whether there is
         one, or in its absence what the tokenizer itself puts before a text.
@@ -88,7 +90,9 @@ def _added_before(tokenizer) -> list[int]:
 def _named_bos(tokenizer, folder: Path) -> int:
     name = special_tokens(folder).get("bos_token")
     token = None if name is None else tokenizer.token_to_id(name)
-    if token is None and (folder / "config.json").is_file():
+    if token is None and (folder / MANIFEST).is_file():
+        token = read_manifest(folder).get("bos_token_id")
+    elif token is None and (folder / "config.json").is_file():
         token = read_json(folder / "config.json").get("bos_token_id")
     if not isinstance(token, int) or isinstance(token, bool):
         raise ValueError(

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tokenizers.processors import ByteLevel, TemplateProcessing
 
 from mcjax import cli, text
 from mcjax.chat import chat_tokens, find_template
@@ -41,8 +42,6 @@ def folder(tmp_path):
 
 def begins_with(folder, *names):
     """Gives the tokenizer a post-processor that puts tokens before a text."""
-    from tokenizers.processors import TemplateProcessing
-
     tokenizer = text.open_tokenizer(folder / "tokenizer.json")
     tokenizer.post_processor = TemplateProcessing(
         single=" ".join([*names, "$A"]),
@@ -179,7 +178,8 @@ def model(model_folder, folder):
         if file.name != "tokenizer.json":
             shutil.copyfile(file, folder / file.name)
     config = json.loads((folder / "config.json").read_text())
-    write(folder / "config.json", **config | {"max_position_embeddings": 64, "eos_token_id": 3})
+    changes = {"eos_token_id": 3, "bos_token_id": 9}
+    write(folder / "config.json", **config | changes)
     write(folder / "tokenizer_config.json", chat_template=CHAT, bos_token="<s>")
     return folder
 
@@ -255,3 +255,8 @@ def test_what_belongs_to_a_model_travels(model, text_file, tmp_path, capsys):
     assert text.beginning(out / "tokenizer.json", 300) == 280
     assert text.end_tokens(out, (3,), 300) == (3, 7)
     assert find_template(out) == CHAT
+    (out / "tokenizer_config.json").unlink()
+    tokenizer = text.open_tokenizer(out / "tokenizer.json")
+    tokenizer.post_processor = ByteLevel()
+    tokenizer.save(str(out / "tokenizer.json"))
+    assert text.beginning(out / "tokenizer.json", 300, "always") == 9
