@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from data_sources import no_litter
 from jax.sharding import PartitionSpec as P
 from loop import State, adamw, begin, command_line, data_mesh, fit, global_batch, program
 from recipe import LanguageRecipe
@@ -195,7 +196,8 @@ def _prepare_tfds(recipe, name, tokenizer, work):
     except ImportError:
         raise ValueError("tfds: needs the extra: pip install 'mcjax[train]'") from None
     try:
-        source = tfds.data_source(name, split="train")
+        with no_litter():
+            source = tfds.data_source(name, split="train")
     except Exception as error:  # TFDS raises many kinds
         raise ValueError(f"cannot open tfds:{name}: {str(error).splitlines()[0]}") from None
     if len(source) < 2 or "text" not in source[0]:
