@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from mcjax import checkpoint, text
+from mcjax.atomic import whole
 from mcjax.bitplane import BitPlanes, resolve_group_size
 from mcjax.calibrate import accumulate, empty_grams, expert_errors, pruning_statistics
 from mcjax.convert import HuggingFaceFolder, read_json
@@ -310,9 +311,8 @@ def _prepare(directory: Path, identity: dict[str, Any], resume: bool) -> None:
 
 def _write_json(path: Path, value: Any) -> None:
     """Writes JSON so that the file is there whole or not at all."""
-    aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(value))
-    os.replace(aside, path)
+    with whole(path) as aside:
+        aside.write_text(json.dumps(value))
 
 
 def _narrow(tree: Any) -> Any:

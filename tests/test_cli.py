@@ -224,7 +224,8 @@ def test_bad_artifacts(artifact, text_file, tmp_path, capsys):
     ]:
         refuse(capsys, message, "eval", artifact, *read, *more)
     refuse(capsys, "not supported", "info", artifact, "--plot", tmp_path / "plot.nonsense")
-    refuse(capsys, "No such file", "info", artifact, "--plot", tmp_path / "gone" / "plot.png")
+    gone = tmp_path / "gone"
+    refuse(capsys, f"{gone} is not a folder", "info", artifact, "--plot", gone / "plot.png")
     refuse(capsys, "is not an mcjax artifact", "info", tmp_path)
 
 

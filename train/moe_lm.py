@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import re
 import shutil
 from functools import partial
@@ -28,6 +27,7 @@ from jax.sharding import PartitionSpec as P
 from loop import State, adamw, begin, command_line, data_mesh, fit, global_batch, program
 from recipe import LanguageRecipe
 
+from mcjax.atomic import whole
 from mcjax.convert import write_hugging_face
 from mcjax.models import Mixtral, MixtralConfig
 from mcjax.text import encode_file, open_tokenizer, perplexity, spread, windows
@@ -160,8 +160,8 @@ def train_tokenizer(texts, vocab_size: int, path: Path) -> None:
 
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(texts, vocab_size=vocab_size, show_progress=False)
-    tokenizer.save(str(path.with_suffix(".part")))
-    os.replace(path.with_suffix(".part"), path)
+    with whole(path) as aside:
+        tokenizer.save(str(aside))
 
 
 def prepare(recipe: LanguageRecipe, text: list[str], tokenizer: Path | None, work: Path):
@@ -307,14 +307,12 @@ def train(
 
 def export(out: Path, work: Path, config: MixtralConfig, params: Any) -> None:
     """Writes `model/`, `held_out.txt` and `loss.png`."""
-    aside = out / "model.part"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    write_hugging_face(aside, config, params)
-    shutil.copyfile(work / "tokenizer.json", aside / "tokenizer.json")
     shutil.copyfile(work / "held_out.txt", out / "held_out.txt")
-    shutil.rmtree(out / "model", ignore_errors=True)
-    os.replace(aside, out / "model")
+    with whole(out / "model") as aside:
+        aside.mkdir()
+        write_hugging_face(aside, config, params)
+        shutil.copyfile(work / "tokenizer.json", aside / "tokenizer.json")
+        shutil.rmtree(out / "model", ignore_errors=True)
     plot(out / "metrics.csv", out / "loss.png")
 
 
