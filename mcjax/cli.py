@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import tempfile
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from mcjax.notes import Note
+from mcjax.notes import Note, note
 
 EXAMPLES = """examples:
   mcjax demo
@@ -36,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     threading.excepthook = lambda _: None
     try:
         with _notes_on_stderr():
+            if "compilation_cache" in arguments:
+                _keep_programs(arguments.compilation_cache)
             arguments.run(arguments)
     except (ValueError, TypeError, OSError) as error:
         line = " ".join(str(error).split()) or type(error).__name__
@@ -52,6 +55,8 @@ def _notes_on_stderr() -> Iterator[None]:
     """Prints the library's notes as lines on stderr, other warnings as ever."""
     with warnings.catch_warnings():
         warnings.simplefilter("always", Note)
+        # A full disk, for instance; the program is compiled all the same.
+        warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
         others = warnings.showwarning
 
         def show(message, category, filename, lineno, file=None, line=None):
@@ -62,6 +67,39 @@ def _notes_on_stderr() -> Iterator[None]:
 
         warnings.showwarning = show
         yield
+
+
+def _keep_programs(choice: str | None) -> None:
+    """Has JAX keep what it compiles, for later commands to load.
+
+    Args:
+      choice: a folder, "off", or None for JAX_COMPILATION_CACHE_DIR if that is set, else the user's
+        cache folder. A folder that cannot be written is done without.
+    """
+    import jax
+
+    if choice == "off":
+        jax.config.update("jax_enable_compilation_cache", False)
+        return
+    if choice is None and os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return  # JAX knows
+    try:
+        folder = _user_cache() / "compiled" if choice is None else Path(choice).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, RuntimeError) as error:
+        if choice is not None:
+            note(f"compiled programs are not kept: cannot write to {choice}: {error}")
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def _user_cache() -> Path:
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else Path.home() / ".cache") / "mcjax"
 
 
 def program() -> None:
@@ -99,6 +137,7 @@ def _parser() -> argparse.ArgumentParser:
         "--out", default="mcjax-demo", metavar="DIR", help="folder to write (default mcjax-demo)"
     )
     demo.add_argument("--json", action="store_true", help="end with one JSON object")
+    _add_cache(demo)
     demo.set_defaults(run=_demo)
 
     bench = commands.add_parser(
@@ -112,6 +151,7 @@ def _parser() -> argparse.ArgumentParser:
         "--repeats", type=int, default=11, metavar="N", help="of each measurement (default 11)"
     )
     bench.add_argument("--json", action="store_true", help="end with one JSON object")
+    _add_cache(bench)
     bench.set_defaults(run=_bench)
 
     compress = commands.add_parser(
@@ -157,6 +197,7 @@ def _parser() -> argparse.ArgumentParser:
         help="go on from finished layers of an interrupted run, and keep them if interrupted",
     )
     _add_bos(compress)
+    _add_cache(compress)
     compress.set_defaults(run=_compress)
 
     info = commands.add_parser(
@@ -203,6 +244,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--max-tokens", type=int, help="use only the first tokens of the text")
     evaluate.add_argument("--json", action="store_true", help="end with one JSON object")
     _add_bos(evaluate)
+    _add_cache(evaluate)
     evaluate.set_defaults(run=_evaluate)
     generate = commands.add_parser(
         "generate",
@@ -246,6 +288,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="the prompt is a user's message, answered in the model's chat template",
     )
+    _add_cache(generate)
     generate.set_defaults(run=_generate)
     return parser
 
@@ -255,6 +298,15 @@ def _version() -> str:
         return metadata.version("mcjax")
     except metadata.PackageNotFoundError:  # run from a checkout that is not installed
         return "of a checkout"
+
+
+def _add_cache(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--compilation-cache",
+        metavar="DIR|off",
+        help="where compiled programs are kept for later commands (default "
+        "$JAX_COMPILATION_CACHE_DIR, else mcjax/compiled in the user's cache folder)",
+    )
 
 
 def _add_bos(command: argparse.ArgumentParser) -> None:
