@@ -12,6 +12,7 @@ from tokenizers.processors import ByteLevel, TemplateProcessing
 from mcjax import cli, text
 from mcjax.chat import chat_tokens, find_template
 from mcjax.sampling import Sampling, sample
+from mcjax.speculate import accept
 
 SPECIAL = ["<s>", "<|user|>", "<|end|>"]
 CHAT = (
@@ -133,6 +134,16 @@ def test_ids_without_a_token_are_never_drawn(folder):
         rows = jnp.tile(logits, (500, 1))
         assert sample(jax.random.key(0), rows, sampling).max() >= 283
         assert sample(jax.random.key(0), rows, bounded).max() < 283
+
+
+def test_drafts_are_bounded_too():
+    logits = jnp.array([[[0.0, 1.0, 2.0, 3.0], [4.0, 1.0, 2.0, 5.0]]])
+    for temperature in 0.0, 1.0:
+        sampling = Sampling(temperature=temperature, barred=((3, 4),))
+        for seed in range(20):
+            drafted = sample(jax.random.key(seed), -logits[:, 0], sampling)[:, None]
+            tokens, _ = accept(jax.random.key(seed), drafted, -logits[:, :1], logits, sampling)
+            assert drafted.max() < 3 and tokens.max() < 3
 
 
 def test_chat(folder):
