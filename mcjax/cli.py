@@ -7,11 +7,16 @@ import json
 import logging
 import os
 import sys
+import tempfile
 import threading
-from collections.abc import Iterable, Sequence
-from importlib.metadata import version
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from mcjax.notes import Note, note
 
 EXAMPLES = """examples:
   mcjax demo
@@ -31,7 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.disable(logging.CRITICAL)
     threading.excepthook = lambda _: None
     try:
-        arguments.run(arguments)
+        with _notes_on_stderr():
+            if "compilation_cache" in arguments:
+                _keep_programs(arguments.compilation_cache)
+            arguments.run(arguments)
     except (ValueError, TypeError, OSError) as error:
         line = " ".join(str(error).split()) or type(error).__name__
         print(f"mcjax: error: {line}", file=sys.stderr)
@@ -40,6 +48,58 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("mcjax: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+@contextmanager
+def _notes_on_stderr() -> Iterator[None]:
+    """Prints the library's notes as lines on stderr, other warnings as ever."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", Note)
+        # A full disk, for instance; the program is compiled all the same.
+        warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
+        others = warnings.showwarning
+
+        def show(message, category, filename, lineno, file=None, line=None):
+            if issubclass(category, Note):
+                print(f"mcjax: note: {message}", file=sys.stderr)
+            else:
+                others(message, category, filename, lineno, file, line)
+
+        warnings.showwarning = show
+        yield
+
+
+def _keep_programs(choice: str | None) -> None:
+    """Has JAX keep what it compiles, for later commands to load.
+
+    Args:
+      choice: a folder, "off", or None for JAX_COMPILATION_CACHE_DIR if that is set, else the user's
+        cache folder. A folder that cannot be written is done without.
+    """
+    import jax
+
+    if choice == "off":
+        jax.config.update("jax_enable_compilation_cache", False)
+        return
+    if choice is None and os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return  # JAX knows
+    try:
+        folder = _user_cache() / "compiled" if choice is None else Path(choice).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, RuntimeError) as error:
+        if choice is not None:
+            note(f"compiled programs are not kept: cannot write to {choice}: {error}")
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def _user_cache() -> Path:
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else Path.home() / ".cache") / "mcjax"
 
 
 def program() -> None:
@@ -81,13 +141,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"mcjax {version('mcjax')}")
-    parser.add_argument(
-        "--compilation-cache",
-        metavar="DIR|off",
-        help="where compiled programs are kept for the next time; JAX_COMPILATION_CACHE_DIR or, by "
-        "default, mcjax in the user's cache folder",
-    )
+    parser.add_argument("--version", action="version", version=f"mcjax {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     demo = commands.add_parser(
@@ -101,6 +155,7 @@ def _parser() -> argparse.ArgumentParser:
         "--out", default="mcjax-demo", metavar="DIR", help="folder to write (default mcjax-demo)"
     )
     demo.add_argument("--json", action="store_true", help="end with one JSON object")
+    _add_cache(demo)
     demo.set_defaults(run=_demo)
 
     bench = commands.add_parser(
@@ -114,6 +169,7 @@ def _parser() -> argparse.ArgumentParser:
         "--repeats", type=int, default=11, metavar="N", help="of each measurement (default 11)"
     )
     bench.add_argument("--json", action="store_true", help="end with one JSON object")
+    _add_cache(bench)
     bench.set_defaults(run=_bench)
 
     compress = commands.add_parser(
@@ -159,6 +215,7 @@ def _parser() -> argparse.ArgumentParser:
         help="go on from finished layers of an interrupted run, and keep them if interrupted",
     )
     _add_bos(compress)
+    _add_cache(compress)
     compress.set_defaults(run=_compress)
 
     info = commands.add_parser(
@@ -205,6 +262,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--max-tokens", type=int, help="use only the first tokens of the text")
     evaluate.add_argument("--json", action="store_true", help="end with one JSON object")
     _add_bos(evaluate)
+    _add_cache(evaluate)
     evaluate.set_defaults(run=_evaluate)
     generate = commands.add_parser(
         "generate",
@@ -243,18 +301,39 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--json", action="store_true", help="end with one JSON object")
     _add_bos(generate)
+    generate.add_argument(
+        "--chat",
+        action="store_true",
+        help="the prompt is a user's message, answered in the model's chat template",
+    )
+    _add_cache(generate)
     generate.set_defaults(run=_generate)
     return parser
 
 
+def _version() -> str:
+    try:
+        return metadata.version("mcjax")
+    except metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        return "of a checkout"
+
+
+def _add_cache(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--compilation-cache",
+        metavar="DIR|off",
+        help="where compiled programs are kept for later commands (default "
+        "$JAX_COMPILATION_CACHE_DIR, else mcjax/compiled in the user's cache folder)",
+    )
+
+
 def _add_bos(command: argparse.ArgumentParser) -> None:
-    """The option that says how texts begin."""
     command.add_argument(
         "--bos",
+        choices=["auto", "always", "never"],
         default="auto",
-        metavar="auto|always|never",
-        help="begin windows and prompts with the beginning-of-sequence token; auto (default) as "
-        "the tokenizer does",
+        help="begin each window or prompt with the beginning-of-sequence token; auto (default) is "
+        "as the tokenizer says",
     )
 
 
@@ -352,6 +431,7 @@ def _compress(arguments: argparse.Namespace) -> None:
         seq_len=arguments.seq_len,
         bos=arguments.bos,
         effort=arguments.effort,
+        bos=arguments.bos,
         resume=arguments.resume,
         progress=_progress,
     )
@@ -418,10 +498,11 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         bos=arguments.bos,
         max_tokens=arguments.max_tokens,
         calibration=arguments.calibration,
+        bos=arguments.bos,
         **_pruning(arguments),
         progress=_progress,
     )
-    plain = not arguments.odp and arguments.act_bits is None
+    plain = not arguments.odp and arguments.act_bits is None and arguments.bos == "auto"
     if plain and Path(arguments.model, "manifest.json").is_file():
         record(arguments.model, Path(arguments.text).name, facts)
     if arguments.json:
@@ -444,7 +525,8 @@ def _generate(arguments: argparse.Namespace) -> None:
     if arguments.draft_bits is None and arguments.draft_length is not None:
         raise ValueError("--draft-length needs --draft-bits")
     stream = len(arguments.prompt) == 1 and not arguments.json
-    pending = [arguments.prompt[0]]  # written once the first token is there, so never on an error
+    before = ["" if arguments.chat else prompt for prompt in arguments.prompt]
+    pending = before[:1]  # written once the first token is there, so never on an error
 
     def write(text: str) -> None:
         print(*pending, text, sep="", end="", flush=True)
@@ -465,6 +547,8 @@ def _generate(arguments: argparse.Namespace) -> None:
         stop=arguments.stop,
         write=write if stream else None,
         draft_bits=arguments.draft_bits,
+        bos=arguments.bos,
+        chat=arguments.chat,
         draft_length=4 if arguments.draft_length is None else arguments.draft_length,
     )
     if arguments.json:
@@ -472,7 +556,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     elif stream:
         print()
     else:
-        for prompt, text in zip(arguments.prompt, facts["texts"], strict=True):
+        for prompt, text in zip(before, facts["texts"], strict=True):
             print(prompt + text)
     if facts["acceptance"] is not None:
         print(f"{100 * facts['acceptance']:.0f} % of drafted tokens accepted", file=sys.stderr)

@@ -17,14 +17,26 @@ import ml_dtypes
 import numpy as np
 
 from mcjax import checkpoint, text
+from mcjax.atomic import whole
 from mcjax.bitplane import BitPlanes, resolve_group_size
 from mcjax.calibrate import accumulate, empty_grams, expert_errors, pruning_statistics
 from mcjax.convert import HuggingFaceFolder
 from mcjax.hub import read_json
 from mcjax.models.mixtral import layer as layer_module
+from mcjax.notes import note
 from mcjax.quantize import quantize
 
 ATTENTION_WIDTHS = (4, 8)
+TRAVELS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
+"""Files that an artifact takes over from the folder it is made of."""
+
 RARE_SHARE = 0.1
 """An expert is rare if it gets less than this share of the tokens that an even split would give."""
 
@@ -57,6 +69,7 @@ def compress(
     seq_len: int = 2048,
     bos: str = "auto",
     effort: str = "normal",
+    bos: str = "auto",
     resume: bool = False,
     experts: Sequence[Mapping[str, BitPlanes]] | None = None,
     batch_tokens: int = 4096,
@@ -75,9 +88,9 @@ def compress(
       max_bits: planes of each expert weight.
       group_size: input features that share a table entry, None for each weight's default.
       samples: calibration windows, spread evenly over the text.
-      seq_len: tokens in a window, at most the model's positions.
-      bos: whether windows begin with the beginning-of-sequence token, see `mcjax.text.beginning`.
+      seq_len: tokens in a window; more than the model's positions become those, with a note.
       effort: one of `EFFORTS`, time for quality.
+      bos: whether windows begin with the beginning-of-sequence token, see `mcjax.text.BOS`.
       resume: go on from layers that an interrupted run with the same inputs left behind, and keep
         those finished if this one is interrupted.
       experts: planes of each layer's `gate`, `up` and `down` that were made otherwise, by once-QAT
@@ -105,10 +118,15 @@ def compress(
     config = folder.config
     for d_in in {config.hidden_size, config.intermediate_size, _o_features(config)}:
         resolve_group_size(d_in, group_size)
-    seq_len = min(seq_len, config.max_position_embeddings)
+    if seq_len > config.max_position_embeddings:
+        note(
+            f"calibrating on windows of {config.max_position_embeddings} tokens, all the positions "
+            f"that the model has, not of {seq_len}"
+        )
+        seq_len = config.max_position_embeddings
     tokens = text.encode_file(folder.tokenizer_path, calibration, config.vocab_size)
-    first = text.beginning(folder.tokenizer_path, bos)
-    windows = text.windows(tokens, seq_len, "calibration text", first)
+    begin = text.beginning(folder.tokenizer_path, config.vocab_size, bos)
+    windows = text.windows(tokens, seq_len, "calibration text", begin)
     windows = text.spread(windows, samples)
 
     identity = {
@@ -132,11 +150,11 @@ def compress(
         identity["experts_crc32"] = [checkpoint.crc32(np.asarray(leaf)) for leaf in leaves]
     partial_out = out.parent / f".{out.name}.partial"
     _prepare(partial_out, identity, resume)
+    named = read_json(folder.path / "config.json").get("bos_token_id")
     try:
         manifest = _run(folder, windows, partial_out, identity, experts, batch_tokens, progress)
-        for file in TRAVELS:
-            if (folder.path / file).is_file():
-                shutil.copyfile(folder.path / file, partial_out / file)
+        _copy_beside(folder.path, partial_out)
+        manifest["bos_token_id"] = named
         checkpoint.write_manifest(partial_out, manifest)
         for i in range(config.num_hidden_layers):
             (partial_out / f"layer_{i}.json").unlink()
@@ -149,6 +167,14 @@ def compress(
             raise OSError(f"no space left to write {out}") from error
         raise
     return manifest
+
+
+def _copy_beside(source: Path, out: Path) -> None:
+    """Copies what belongs to a model beside its weights."""
+    for pattern in TRAVELS:
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, out / file.name)
 
 
 def coverage(manifest: dict[str, Any]) -> list[tuple[int, int, int]]:
@@ -298,9 +324,8 @@ def _prepare(directory: Path, identity: dict[str, Any], resume: bool) -> None:
 
 def _write_json(path: Path, value: Any) -> None:
     """Writes JSON so that the file is there whole or not at all."""
-    aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(value))
-    os.replace(aside, path)
+    with whole(path) as aside:
+        aside.write_text(json.dumps(value))
 
 
 def _narrow(tree: Any) -> Any:

@@ -7,7 +7,6 @@ figure is computed when asked for.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mcjax import checkpoint, pmq, serving, text
+from mcjax.atomic import whole
 from mcjax.baseline import dedicated_gptq
 from mcjax.compress import compress
 from mcjax.convert import HuggingFaceFolder
@@ -59,10 +59,8 @@ def demo(
     out = Path(out).absolute()
     if out.exists() and not (out / _FACTS).is_file():
         raise ValueError(f"{out} exists and is not an earlier demo; remove it or move elsewhere")
-    aside = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    try:
+    with whole(out) as aside:
+        aside.mkdir()
         artifact = aside / "artifact"
         compress(
             EMBEDDED,
@@ -78,9 +76,6 @@ def demo(
         draw(facts, aside / "perplexity.png")
         plot(describe(artifact, _PRUNED_BUDGET), aside / "allocation.png")
         shutil.rmtree(out, ignore_errors=True)
-        os.replace(aside, out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return facts
 
 

@@ -41,7 +41,8 @@ def evaluate(
 
     Args:
       path: a Hugging Face folder, or an artifact.
-      text_path: tokenised whole and cut into consecutive windows; the tail is dropped.
+      text_path: tokenised whole and cut into consecutive windows; the tail is dropped. A token
+        that texts begin with takes the first place of each window.
       budget: average bits per expert weight, for an artifact.
       bits: one width for every expert, for an artifact.
       seq_len: tokens in a window.
@@ -50,7 +51,7 @@ def evaluate(
       quantile: share of the lower-ranked experts that is skipped on calibration text.
       calibration: a text file, for pruning in a Hugging Face folder; artifacts carry their own.
       act_bits: rounds activations to 8 or 16 bits before products with an artifact's planes.
-      bos: whether windows begin with the beginning-of-sequence token, see `mcjax.text.beginning`.
+      bos: whether texts begin with the beginning-of-sequence token, see `mcjax.text.BOS`.
       progress: wraps the iteration over batches, called with (items, description=...).
 
     Returns:
@@ -100,10 +101,10 @@ def evaluate(
                 raise ValueError(
                     f"--odp on the folder {path} needs --calibration TEXT to choose thresholds by"
                 )
+            text.check_length(seq_len, config.max_position_embeddings)
             tokens = text.encode_file(tokenizer_path, calibration, config.vocab_size)
-            first = text.beginning(tokenizer_path, bos)
-            some = text.windows(tokens, seq_len, "calibration text", first)
-            some = text.spread(some, 128)
+            begin = text.beginning(tokenizer_path, config.vocab_size, bos)
+            some = text.spread(text.windows(tokens, seq_len, "calibration text", begin), 128)
             params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
             statistics = dense_pruning_statistics(config, params, some)
             params = serving.with_pruning(params, statistics, prune, quantile)
@@ -141,17 +142,14 @@ def dense_pruning_statistics(
 
 
 def _windows(tokenizer_path, text_path, config, seq_len, max_tokens, bos) -> np.ndarray:
-    if seq_len > config.max_position_embeddings:
-        raise ValueError(
-            f"--seq-len {seq_len} is more than the model's {config.max_position_embeddings} "
-            "positions"
-        )
+    text.check_length(seq_len, config.max_position_embeddings)
+    begin = text.beginning(tokenizer_path, config.vocab_size, bos)
     tokens = text.encode_file(tokenizer_path, text_path, config.vocab_size)
     if max_tokens is not None:
-        if max_tokens < seq_len:
+        if max_tokens < seq_len - (begin is not None):
             raise ValueError(f"--max-tokens {max_tokens} is less than one window of {seq_len}")
         tokens = tokens[:max_tokens]
-    return text.windows(tokens, seq_len, first=text.beginning(tokenizer_path, bos))
+    return text.windows(tokens, seq_len, begin=begin)
 
 
 def _dense_facts(params: Any) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from mcjax.checkpoint import MANIFEST
 from mcjax.hub import Checkpoint
 from mcjax.sampling import Sampling, sample
 from mcjax.speculate import Draft, Tally, hold_in_loop, self_draft
-from mcjax.text import beginning, open_tokenizer
+from mcjax.text import beginning, end_tokens, open_tokenizer, unknown_ids
 
 PREFILL_CHUNK = 512
 """Tokens of a prompt that are read at once, by which what a prefill holds is bounded."""
@@ -262,6 +262,8 @@ def generate_text(
     write: Callable[[str], Any] | None = None,
     draft_bits: int | None = None,
     draft_length: int = 4,
+    bos: str = "auto",
+    chat: bool = False,
 ) -> dict[str, Any]:
     """Continues texts from an artifact or a Hugging Face folder.
 
@@ -276,14 +278,14 @@ def generate_text(
       max_new_tokens: at most so many.
       sampling: None takes the likeliest token.
       seed: of the sampling.
-      bos: whether prompts begin with the beginning-of-sequence token, as `mcjax.text.beginning`
-        has it; one that is there is not put before another.
-      stop: a continuation ends before the first of these texts, or a token of the model's
-        `eos_token_ids`.
+      stop: a continuation ends before the first of these texts, or a token that config.json or
+        generation_config.json names as an end.
       write: called with each new piece of the first continuation as soon as it is sure.
       draft_bits: None, or the planes of every expert with which tokens are drafted, for all its
         planes to verify, see `mcjax.speculate`.
       draft_length: tokens that are drafted before each verification.
+      bos: whether prompts begin with the beginning-of-sequence token, see `mcjax.text.BOS`.
+      chat: each prompt is a user's message, which the model's chat template is put around.
 
     Returns:
       `texts`, the continuations; `new_tokens`, each one's number of tokens; `tokens_per_second`
@@ -308,23 +310,21 @@ def generate_text(
                 f"{path} is not an artifact, so --budget, --bits, --act-bits, --odp and "
                 "--draft-bits do not apply; make one with `mcjax compress`"
             )
-        model = serving.load(path)
-        module, params, average = model.module, model.params, model.average_bits
-        tokenizer_path = Checkpoint(path).tokenizer_path
-    tokenizer = open_tokenizer(tokenizer_path)
-    encoded = [tokenizer.encode(text, add_special_tokens=False).ids for text in prompts]
-    for text, ids in zip(prompts, encoded, strict=True):
-        if not ids:
-            raise ValueError(f"the prompt {text!r} is empty; give at least one token")
-    first = beginning(tokenizer_path, bos)
-    encoded = [ids if first in (None, ids[0]) else [first, *ids] for ids in encoded]
+        module, params, average = Mixtral(folder.config), folder.read(np.float32), 16.0
+        tokenizer_path = folder.tokenizer_path
+    tokenizer, vocab_size = open_tokenizer(tokenizer_path), module.config.vocab_size
+    encoded = _encode(tokenizer, tokenizer_path.parent, prompts, chat)
+    begin = beginning(tokenizer_path, vocab_size, bos)
+    if begin is not None:
+        encoded = [ids if ids[:1] == [begin] else [begin, *ids] for ids in encoded]
+    sampling = replace(sampling or Sampling(), barred=unknown_ids(tokenizer, vocab_size))
 
     written: list[list[int]] = [[] for _ in prompts]
     texts, done, shown = [""] * len(prompts), [False] * len(prompts), 0
     started, timed = None, 0
     # Decoding after the last token of the prompt keeps its leading space.
     starts = [tokenizer.decode(ids[-1:]) for ids in encoded]
-    ends = module.config.eos_token_ids
+    ends = end_tokens(tokenizer_path.parent, module.config.eos_token_ids, vocab_size)
     blocks = generate_blocks(
         module,
         params,
@@ -371,3 +371,16 @@ def generate_text(
         "average_bits": average,
         "acceptance": tally.acceptance,
     }
+
+
+def _encode(tokenizer, folder: Path, prompts: Sequence[str], chat: bool) -> list[list[int]]:
+    """Token ids of every prompt, as it is or in the folder's chat template."""
+    if chat:
+        from mcjax.chat import chat_tokens
+
+        return [chat_tokens(tokenizer, folder, prompt) for prompt in prompts]
+    encoded = [tokenizer.encode(prompt, add_special_tokens=False).ids for prompt in prompts]
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        if not ids:
+            raise ValueError(f"the prompt {prompt!r} is empty; give at least one token")
+    return encoded

@@ -128,17 +128,20 @@ def thresholds(ratio: np.ndarray, quantile: float = QUANTILE) -> np.ndarray:
       quantile: from 0, nothing is skipped, to 1, almost all but the first.
 
     Returns:
-      float32 [..., K - 1].
+      float32 [..., K - 1]; none where each token has one expert, even if the empty array's last
+      axis is lost, as JSON loses it.
 
     Raises:
       ValueError: if the quantile is not within 0 to 1.
     """
     if not 0 <= quantile <= 1:
         raise ValueError(f"the pruning quantile must be 0 to 1, got {quantile}")
+    ratio = np.asarray(ratio, np.float32)
+    if ratio.shape[-1] == 0:
+        return np.zeros(ratio.shape, np.float32)
     if quantile == 0:
-        return np.zeros(np.shape(ratio)[:-1], np.float32)
+        return np.zeros(ratio.shape[:-1], np.float32)
     place = quantile * (len(LEVELS) - 1)
     low = int(place)
     high = min(low + 1, len(LEVELS) - 1)
-    ratio = np.asarray(ratio, np.float32)
     return ratio[..., low] + np.float32(place - low) * (ratio[..., high] - ratio[..., low])

@@ -94,8 +94,8 @@ def allocate(
     low, high = feasible_budgets(stats.bits, experts, rows)
     if not low - 1e-9 <= budget <= high + 1e-9:
         raise ValueError(
-            f"budget {budget:g} is not feasible: {experts} experts a layer with widths "
-            f"{stats.bits} allow {low:g} to {high:g} bits on average"
+            f"budget {budget} is not feasible: {experts} experts a layer of widths {stats.bits} "
+            f"allow {low:g} to {high:g} bits on average"
         )
     # Rounding of products like 2.1 * 8 must not cost a bit.
     per_layer, total = (math.floor(budget * n + 1e-9) for n in (experts, layers * experts))

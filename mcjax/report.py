@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mcjax import checkpoint, pmq, serving, tables
+from mcjax.atomic import whole
 from mcjax.bitplane import padded
 from mcjax.compress import coverage
 
@@ -83,16 +83,13 @@ def plot(facts: dict[str, Any], file: str | Path) -> None:
       file: a path that matplotlib can write, PNG for instance.
 
     Raises:
-      ValueError: if matplotlib cannot write such a file.
+      ValueError: if matplotlib cannot write such a file, or there is no such folder.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    file = Path(file)
-    if not file.parent.is_dir():
-        raise ValueError(f"the folder {file.parent} for the plot {file.name} does not exist")
     points = [p for p in facts["measured"] if p.get("bytes_read")]
     rows = 1 + bool(points)
     layers, experts = facts["layers"], facts["experts"]
@@ -108,13 +105,11 @@ def plot(facts: dict[str, Any], file: str | Path) -> None:
     _heat_map(figure, axes[0, 0], facts)
     if points:
         _curve(axes[1, 0], points)
-    aside = file.with_name(f".{file.name}.partial{file.suffix}")
     try:
-        figure.savefig(aside, dpi=150)
-        os.replace(aside, file)
+        with whole(file) as aside:
+            figure.savefig(aside, dpi=150)
     finally:
         plt.close(figure)
-        aside.unlink(missing_ok=True)
 
 
 def _heat_map(figure, axis, facts):

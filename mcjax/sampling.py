@@ -16,14 +16,13 @@ class Sampling:
       temperature: divides the logits; 0 takes the likeliest token.
       top_k: draw among the k likeliest only.
       top_p: draw among the likeliest that together hold this probability only.
-      known: only ids below it are drawn, None for all: a vocabulary may be padded beyond those that
-        its tokenizer knows.
+      barred: ranges [start, stop) of tokens that are never drawn.
     """
 
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
-    known: int | None = None
+    barred: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self):
         if not 0 <= self.temperature < float("inf"):
@@ -36,16 +35,17 @@ class Sampling:
             raise ValueError("top_k and top_p need a temperature above 0; at 0 nothing is drawn")
 
 
-def possible(logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """Logits [..., V], -inf for tokens that are not known."""
-    if sampling.known is None or sampling.known >= logits.shape[-1]:
-        return logits
-    return jnp.where(jnp.arange(logits.shape[-1]) < sampling.known, logits, -jnp.inf)
+def allowed(logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """Logits [..., V], -inf for barred tokens."""
+    token = jnp.arange(logits.shape[-1])
+    for start, stop in sampling.barred:
+        logits = jnp.where((token >= start) & (token < stop), -jnp.inf, logits)
+    return logits
 
 
 def filter_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
     """Logits [..., V] over the temperature, -inf for tokens that are not to be drawn."""
-    logits = possible(logits, sampling).astype(jnp.float32) / sampling.temperature
+    logits = allowed(logits, sampling).astype(jnp.float32) / sampling.temperature
     if sampling.top_k is not None:
         k = min(sampling.top_k, logits.shape[-1])
         logits = jnp.where(logits >= jax.lax.top_k(logits, k)[0][..., -1:], logits, -jnp.inf)
@@ -63,7 +63,7 @@ def filter_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
 def sample(key: jax.Array | None, logits: jax.Array, sampling: Sampling) -> jax.Array:
     """Draws tokens int32 [...] from logits [..., V]; at temperature 0 it needs no key."""
     if sampling.temperature == 0:
-        return jnp.argmax(possible(logits, sampling), axis=-1).astype(jnp.int32)
+        return jnp.argmax(allowed(logits, sampling), axis=-1).astype(jnp.int32)
     if key is None:
         raise ValueError(f"drawing at temperature {sampling.temperature} needs a key")
     return jax.random.categorical(key, filter_logits(logits, sampling)).astype(jnp.int32)

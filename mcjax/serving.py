@@ -19,6 +19,7 @@ from mcjax.models import weights
 from mcjax.models.config import MixtralConfig
 from mcjax.models.language_model import LanguageModel
 from mcjax.models.mixtral import Mixtral, PlaneSpec
+from mcjax.notes import note
 
 ALLOCATION: dict[str, Any] = {
     "scope": "layer",
@@ -55,25 +56,20 @@ class Model:
     bytes_read: int
     expert_bytes_read: int
 
-    def __call__(self, tokens: Any) -> Any:
-        """Tokens int [B, T], an array or nested lists, to next-token logits [B, T, vocab].
+    def __call__(self, tokens: jax.typing.ArrayLike | Sequence[Sequence[int]]) -> Any:
+        """Reads tokens.
+
+        Args:
+          tokens: int [B, T], or as many lists of one length.
+
+        Returns:
+          Next-token logits [B, T, vocab].
 
         Raises:
-          TypeError: if they are no integers.
-          ValueError: if they are not [B, T], or out of the vocabulary's range (where concrete).
+          TypeError: if concrete tokens are not integers.
+          ValueError: if they are not [B, T], or outside the vocabulary.
         """
-        if not isinstance(tokens, jax.Array):
-            tokens = np.asarray(tokens)
-        if not jnp.issubdtype(tokens.dtype, jnp.integer):
-            raise TypeError(f"tokens must be integers, got {tokens.dtype}")
-        if tokens.ndim != 2:
-            raise ValueError(f"tokens must be [batch, length], got shape {tokens.shape}")
-        vocab = self.module.config.vocab_size
-        if not isinstance(tokens, jax.core.Tracer) and tokens.size:
-            low, high = int(jnp.min(tokens)), int(jnp.max(tokens))
-            if low < 0 or high >= vocab:
-                raise ValueError(f"tokens must be 0 to {vocab - 1}, got {low} to {high}")
-        return _logits(self.module, self.params, tokens)
+        return _logits(self.module, self.params, _checked(tokens, self.module.config.vocab_size))
 
     @property
     def spec(self) -> PlaneSpec:
@@ -144,6 +140,26 @@ class Model:
             bytes_read=self.bytes_read + reader.bytes_read,
             expert_bytes_read=self.expert_bytes_read + reader.expert_bytes_read,
         )
+
+
+def _checked(tokens: Any, vocab_size: int) -> Any:
+    """Tokens as an array, checked as far as they are concrete and on this host."""
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tokens)):
+        return jnp.asarray(tokens)
+    if not isinstance(tokens, jax.Array):
+        try:
+            tokens = np.asarray(tokens)
+        except ValueError:
+            raise ValueError("tokens must be [B, T]; these rows differ in length") from None
+    if tokens.ndim != 2:
+        raise ValueError(f"tokens must be [B, T], got {tokens.ndim} dimensions: {tokens.shape}")
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise TypeError(f"tokens must be integers, got {tokens.dtype}")
+    if tokens.size and getattr(tokens, "is_fully_addressable", True):
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= vocab_size:
+            raise ValueError(f"tokens must be 0 to {vocab_size - 1}, got {low} to {high}")
+    return tokens
 
 
 @partial(jax.jit, static_argnums=0)
@@ -253,6 +269,8 @@ def with_pruning(
     if policy not in odp.POLICIES:
         raise ValueError(f"unknown pruning policy {policy!r}; one of {odp.POLICIES}")
     params = dict(params)
+    if all(np.size(of_layer.ratio) == 0 for of_layer in statistics):
+        note("each token has one expert, so there is none to skip: nothing is pruned")
     for i, of_layer in enumerate(statistics):
         layer = params[f"layer_{i}"]
         more = {"threshold": jnp.asarray(odp.thresholds(of_layer.ratio, quantile))}

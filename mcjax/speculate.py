@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from mcjax import checkpoint
 from mcjax.models.mixtral import Cache, Mixtral
 from mcjax.ops import choice
-from mcjax.sampling import Sampling, filter_logits, sample
+from mcjax.sampling import Sampling, allowed, filter_logits, sample
 from mcjax.serving import Model
 
 
@@ -171,7 +171,7 @@ def accept(
       first n + 1 tokens are the sequence's next ones and the others mean nothing.
     """
     if sampling.temperature == 0:
-        likeliest = sample(None, logits, sampling)
+        likeliest = jnp.argmax(allowed(logits, sampling), axis=-1).astype(jnp.int32)
         return likeliest, _leading(drafted == likeliest[..., :-1])
     accept_key, rest_key = jax.random.split(key)
     p = jax.nn.softmax(filter_logits(logits, sampling), axis=-1)

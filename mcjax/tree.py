@@ -8,9 +8,7 @@ single planes and tables, of which `load` reads those that a width needs, and a 
 from __future__ import annotations
 
 import math
-import os
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mcjax import checkpoint, qat
+from mcjax.atomic import whole
 from mcjax.bitplane import BitPlanes
 from mcjax.quantize import quantize
 
@@ -211,7 +210,7 @@ def save(path: str | Path, tree: Mapping[str, Any], note: Any = None) -> None:
       note: JSON-ready, kept in the manifest.
 
     Raises:
-      ValueError: if `path` exists or a key holds a dot.
+      ValueError: if `path` exists, its folder does not, or a key holds a dot.
       OSError: if it cannot be written.
     """
     path = Path(path).absolute()
@@ -229,16 +228,11 @@ def save(path: str | Path, tree: Mapping[str, Any], note: Any = None) -> None:
                 "group_size": leaf.group_size,
                 "widths": list(leaf.widths),
             }
-    aside = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
+    with whole(path) as aside:
         aside.mkdir()
         sums = checkpoint.save_tree(aside / KIND, tree, ())
         manifest = {"kind": KIND, "geometry": geometry, "checksums": {KIND: sums}, "note": note}
         checkpoint.write_manifest(aside, manifest)
-        os.replace(aside, path)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def load(path: str | Path, bits: int | None = None) -> dict[str, Any]:

@@ -1,16 +1,20 @@
 """The commands as a user types them: results on stdout, one clear line for bad input."""
 
 import json
+import os
 import resource
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from mcjax import checkpoint, cli, compress
+from mcjax.notes import Note
 
 
 def run(*arguments):
@@ -36,6 +40,62 @@ def test_import_is_light():
     heavy = "optax orbax tensorstore cvxpy safetensors tokenizers matplotlib tensorflow_datasets"
     code = f"import sys, mcjax; sys.exit(any(m in sys.modules for m in {heavy.split()!r}))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        run("--version")
+    assert capsys.readouterr().out.split() == ["mcjax", metadata.version("mcjax")]
+
+
+def test_compiled_programs_are_kept(model_folder, tmp_path):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
+    environment |= {"XDG_CACHE_HOME": str(tmp_path)}
+
+    def generate(*more):
+        return subprocess.run(
+            [sys.executable, "-m", "mcjax.cli", "generate", model_folder, "--prompt", "bame",
+             "--max-new-tokens", "1", *more],
+            env=environment, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+
+    def kept():
+        return {f.name for f in (tmp_path / "mcjax" / "compiled").glob("*prefill*-cache")}
+
+    first = generate()
+    assert kept() and first.stderr.count("\n") == 1
+    before = kept()
+    again = generate()
+    assert kept() == before and again.stdout == first.stdout and again.stderr.count("\n") == 1
+
+
+def test_where_compiled_programs_are_kept(tmp_path, monkeypatch):
+    changed = {}
+    monkeypatch.setattr(jax.config, "update", changed.__setitem__)
+
+    def keep(choice=None):
+        changed.clear()
+        cli._keep_programs(choice)
+        return changed.get("jax_compilation_cache_dir")
+
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "anywhere")
+    assert keep() is None and not changed
+    assert keep(str(tmp_path / "own")) == str(tmp_path / "own") and (tmp_path / "own").is_dir()
+    assert keep("off") is None and changed == {"jax_enable_compilation_cache": False}
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.delenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert keep() == str(tmp_path / "mcjax" / "compiled")
+    assert changed["jax_persistent_cache_min_compile_time_secs"] <= 0.2
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert keep() == str(tmp_path / "home" / ".cache" / "mcjax" / "compiled")
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.warns(Note, match="not kept: cannot write to"):
+        assert keep(str(file / "cache")) is None
+    monkeypatch.setenv("XDG_CACHE_HOME", str(file))
+    assert keep() is None
 
 
 def test_eval_and_info(artifact, model_folder, text_file, capsys, tmp_path):
@@ -209,6 +269,7 @@ def test_bad_artifacts(artifact, text_file, tmp_path, capsys):
     assert run("info", artifact, "--verify") == 0
     for message, more in [
         ("not feasible", ("--budget", "nan")),
+        ("5 experts a layer of widths (1, 2, 3) allow 1 to 3 bits", ("--budget", 0.5)),
         ("allow 1 to 3 bits", ("--budget", 3.5)),
         ("allow 1 to 3 bits", ("--budget", -1)),
         ("bits 4 is not one of", ("--bits", 4)),
@@ -216,7 +277,8 @@ def test_bad_artifacts(artifact, text_file, tmp_path, capsys):
     ]:
         refuse(capsys, message, "eval", artifact, *read, *more)
     refuse(capsys, "not supported", "info", artifact, "--plot", tmp_path / "plot.nonsense")
-    refuse(capsys, "gone for the plot", "info", artifact, "--plot", tmp_path / "gone" / "plot.png")
+    gone = tmp_path / "gone"
+    refuse(capsys, f"{gone} is not a folder", "info", artifact, "--plot", gone / "plot.png")
     refuse(capsys, "is not an mcjax artifact", "info", tmp_path)
 
 

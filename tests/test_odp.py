@@ -1,5 +1,8 @@
 """Pruning: the published rule against a literal transcription, and work that really shrinks."""
 
+import json
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +17,7 @@ from mcjax.convert import HuggingFaceFolder
 from mcjax.evaluate import dense_pruning_statistics, evaluate
 from mcjax.models import Mixtral
 from mcjax.models.mixtral import MoE, route, router_logits, swiglu_experts
+from mcjax.notes import Note
 from mcjax.ops import expert_map
 from mcjax.serving import with_pruning
 
@@ -74,6 +78,23 @@ def test_bad_values():
         odp.thresholds(np.zeros((2, 1, 101)), 1.5)
     with pytest.raises(ValueError, match="unknown pruning policy 'best'"):
         with_pruning({}, [], "best")
+
+
+@pytest.mark.parametrize("policy", odp.POLICIES)
+def test_one_expert_a_token_leaves_none_to_skip(tmp_path, model_folder, text_file, policy):
+    assert odp.thresholds(np.zeros((0, 101))).shape == (0,)
+    assert odp.thresholds(np.array([]), 0.0).shape == (0,)  # as JSON gives it back
+    assert odp.thresholds(np.zeros((3, 0, 101))).shape == (3, 0)
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": 1}))
+    common = {"seq_len": 64, "max_tokens": 640}
+    plain = evaluate(folder, text_file, **common)
+    with pytest.warns(Note, match="nothing is pruned"):
+        pruned = evaluate(folder, text_file, **common, prune=policy, calibration=text_file)
+    assert pruned["experts_pruned"] == 0
+    assert abs(pruned["perplexity"] / plain["perplexity"] - 1) < 1e-4
 
 
 def test_skipped_rows_reach_no_expert():

@@ -45,6 +45,23 @@ def test_model_is_a_pytree(artifact):
     np.testing.assert_allclose(jax.jit(lambda m, t: m(t))(model, TOKENS), eager, atol=1e-5)
 
 
+def test_tokens_are_checked_where_concrete(artifact):
+    model = mcjax.load(artifact, bits=1)
+    np.testing.assert_array_equal(model(TOKENS.tolist()), model(TOKENS))
+    for tokens, kind, message in [
+        (TOKENS + 10**6, ValueError, r"tokens must be 0 to 299, got 1000000 to 1000023"),
+        (jax.numpy.asarray(TOKENS - 1), ValueError, "got -1 to 22"),
+        ([[1, 2], [3, 300]], ValueError, "got 1 to 300"),
+        ([[1, 2], [3]], ValueError, "rows differ in length"),
+        (TOKENS[0], ValueError, r"tokens must be \[B, T\], got 1 dimensions: \(12,\)"),
+        (TOKENS.astype(np.float32), TypeError, "tokens must be integers, got float32"),
+        (TOKENS > 3, TypeError, "tokens must be integers, got bool"),
+    ]:
+        with pytest.raises(kind, match=message):
+            model(tokens)
+    jax.jit(lambda m, t: m(t))(model, TOKENS - 1)  # values are not known when traced
+
+
 def test_effective_bits_count_the_tables(artifact):
     model = mcjax.load(artifact, bits=2)
     assert model.average_bits == 2

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -368,8 +369,11 @@ def test_trains_on_tfds(tmp_path, name, fields):
     assert ("weight_float" in header) == (recipe.objective != "fixed")
 
 
-def test_digits_are_a_tfds_dataset(tmp_path):
+def test_digits_are_a_tfds_dataset(tmp_path, monkeypatch):
     pytest.importorskip("sklearn")
+    litter = tmp_path / "temporary"
+    litter.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(litter))
     dataset = data_sources.open_dataset("digits", tmp_path)
     assert (len(dataset.train), len(dataset.test), len(dataset.names)) == (1437, 360, 10)
     image, label = dataset.train[7]
@@ -377,6 +381,9 @@ def test_digits_are_a_tfds_dataset(tmp_path):
     assert 0 <= label < 10 and not dataset.mirror
     again = data_sources.open_dataset("digits", tmp_path)
     same(again.train[7], (image, label))
+    with pytest.raises(ValueError, match="cannot open tfds:no_such"):
+        data_sources.open_dataset("tfds:no_such")
+    assert list(litter.iterdir()) == [] and tempfile.tempdir == str(litter)
 
 
 def test_configs_are_sound():

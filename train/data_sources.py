@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import io
 import os
+import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -129,6 +130,19 @@ def _import_tfds():
     return tfds
 
 
+@contextlib.contextmanager
+def no_litter():
+    """Removes the temporary folder that TFDS makes, and leaves, for each dataset it opens."""
+    before = tempfile.tempdir
+    with tempfile.TemporaryDirectory() as folder:
+        tempfile.tempdir = folder
+        try:
+            yield
+        finally:
+            tempfile.tempdir = before
+
+
+@no_litter()
 def _digits(cache: Path) -> Dataset:
     tfds = _import_tfds()
     from digits_tfds import Digits
@@ -149,6 +163,7 @@ def _digits(cache: Path) -> Dataset:
     )
 
 
+@no_litter()
 def _tfds(name: str) -> Dataset:
     tfds = _import_tfds()
     try:

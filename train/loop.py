@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
 import runpy
 import signal
 import sys
@@ -23,6 +22,8 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from mcjax.atomic import whole
 
 
 class State(NamedTuple):
@@ -194,12 +195,10 @@ class Metrics:
         if jax.process_index():
             return
         names = list(dict.fromkeys(name for row in self.rows for name in row))
-        aside = self.path.with_suffix(".part")
-        with aside.open("w", newline="") as file:
+        with whole(self.path) as aside, aside.open("w", newline="") as file:
             writer = csv.DictWriter(file, names)
             writer.writeheader()
             writer.writerows(self.rows)
-        os.replace(aside, self.path)
 
 
 def _claim(directory: Path, identity: dict[str, Any], resume: bool) -> None:

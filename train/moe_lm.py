@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import re
 import shutil
 from functools import partial
@@ -23,13 +22,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from data_sources import no_litter
 from jax.sharding import PartitionSpec as P
 from loop import State, adamw, begin, command_line, data_mesh, fit, global_batch, program
 from recipe import LanguageRecipe
 
+from mcjax.atomic import whole
 from mcjax.convert import write_hugging_face
 from mcjax.models import Mixtral, MixtralConfig
-from mcjax.text import encode_file, perplexity, spread, windows
+from mcjax.text import encode_file, open_tokenizer, perplexity, spread, windows
 
 
 def losses(module: Mixtral, params: Any, tokens: jax.Array, axis: str | None = None):
@@ -159,8 +160,8 @@ def train_tokenizer(texts, vocab_size: int, path: Path) -> None:
 
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(texts, vocab_size=vocab_size, show_progress=False)
-    tokenizer.save(str(path.with_suffix(".part")))
-    os.replace(path.with_suffix(".part"), path)
+    with whole(path) as aside:
+        tokenizer.save(str(aside))
 
 
 def prepare(recipe: LanguageRecipe, text: list[str], tokenizer: Path | None, work: Path):
@@ -190,14 +191,13 @@ def prepare(recipe: LanguageRecipe, text: list[str], tokenizer: Path | None, wor
 
 
 def _prepare_tfds(recipe, name, tokenizer, work):
-    from tokenizers import Tokenizer
-
     try:
         import tensorflow_datasets as tfds
     except ImportError:
         raise ValueError("tfds: needs the extra: pip install 'mcjax[train]'") from None
     try:
-        source = tfds.data_source(name, split="train")
+        with no_litter():
+            source = tfds.data_source(name, split="train")
     except Exception as error:  # TFDS raises many kinds
         raise ValueError(f"cannot open tfds:{name}: {str(error).splitlines()[0]}") from None
     if len(source) < 2 or "text" not in source[0]:
@@ -208,7 +208,7 @@ def _prepare_tfds(recipe, name, tokenizer, work):
     some = range(0, len(source) - count, max(1, (len(source) - count) // 20_000))
     _tokenizer(tokenizer, (documents.text(i) for i in some), recipe, work)
     (work / "held_out.txt").write_text("".join(held_out), encoding="utf-8")
-    encoder = Tokenizer.from_file(str(work / "tokenizer.json"))
+    encoder = open_tokenizer(work / "tokenizer.json")
     validation = encode_file(
         work / "tokenizer.json", work / "held_out.txt", recipe.model.vocab_size
     )
@@ -307,14 +307,12 @@ def train(
 
 def export(out: Path, work: Path, config: MixtralConfig, params: Any) -> None:
     """Writes `model/`, `held_out.txt` and `loss.png`."""
-    aside = out / "model.part"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    write_hugging_face(aside, config, params)
-    shutil.copyfile(work / "tokenizer.json", aside / "tokenizer.json")
     shutil.copyfile(work / "held_out.txt", out / "held_out.txt")
-    shutil.rmtree(out / "model", ignore_errors=True)
-    os.replace(aside, out / "model")
+    with whole(out / "model") as aside:
+        aside.mkdir()
+        write_hugging_face(aside, config, params)
+        shutil.copyfile(work / "tokenizer.json", aside / "tokenizer.json")
+        shutil.rmtree(out / "model", ignore_errors=True)
     plot(out / "metrics.csv", out / "loss.png")
 
 
