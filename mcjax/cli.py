@@ -107,7 +107,6 @@ def program() -> None:
 
     HiGHS greets on the C library's stdout, which is closed to it.
     """
-    _keep_programs(sys.argv[1:])
     results = os.dup(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.stdout = os.fdopen(results, "w")
@@ -115,23 +114,6 @@ def program() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)  # threads of a failed write would print on the way out
-
-
-def _keep_programs(arguments: Sequence[str]) -> None:
-    """Turns JAX's persistent compilation cache on, unless the user's own settings say otherwise."""
-    import jax
-
-    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    options.add_argument("--compilation-cache")
-    chosen = options.parse_known_args(arguments)[0].compilation_cache
-    if chosen == "off":
-        jax.config.update("jax_enable_compilation_cache", False)
-        return
-    if chosen is None and "JAX_COMPILATION_CACHE_DIR" in os.environ:
-        return
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    jax.config.update("jax_compilation_cache_dir", chosen or str(caches / "mcjax"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -429,7 +411,6 @@ def _compress(arguments: argparse.Namespace) -> None:
         group_size=group_size,
         samples=arguments.samples,
         seq_len=arguments.seq_len,
-        bos=arguments.bos,
         effort=arguments.effort,
         bos=arguments.bos,
         resume=arguments.resume,
@@ -495,7 +476,6 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         budget=arguments.budget,
         bits=arguments.bits,
         seq_len=arguments.seq_len,
-        bos=arguments.bos,
         max_tokens=arguments.max_tokens,
         calibration=arguments.calibration,
         bos=arguments.bos,
@@ -543,7 +523,6 @@ def _generate(arguments: argparse.Namespace) -> None:
             temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p
         ),
         seed=arguments.seed,
-        bos=arguments.bos,
         stop=arguments.stop,
         write=write if stream else None,
         draft_bits=arguments.draft_bits,

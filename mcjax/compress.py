@@ -43,17 +43,6 @@ RARE_SHARE = 0.1
 EFFORTS = {"fast": 1, "normal": 6, "thorough": 15}
 """Rounds of descent after the GPTQ pass, see `mcjax.quantize`."""
 
-TRAVELS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "generation_config.json",
-    "LICENSE",
-    "LICENSE.txt",
-    "NOTICE",
-)
-"""What an artifact takes along from its source, where the source has it."""
-
 GRAM_FLOOR = 1e-3
 """Weight of every calibration token in every expert's Gram matrix, see `LayerGrams`."""
 
@@ -67,7 +56,6 @@ def compress(
     group_size: int | None = None,
     samples: int = 128,
     seq_len: int = 2048,
-    bos: str = "auto",
     effort: str = "normal",
     bos: str = "auto",
     resume: bool = False,

@@ -11,7 +11,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from mcjax.hub import Checkpoint, read_config
+from mcjax.hub import Checkpoint, read_json
 from mcjax.models.config import MixtralConfig
 
 
@@ -27,7 +27,7 @@ class HuggingFaceFolder(Checkpoint):
 
     def __init__(self, path: str | Path):
         super().__init__(path)
-        self.config = MixtralConfig.from_hugging_face(read_config(self.path))
+        self.config = MixtralConfig.from_hugging_face(read_json(self.path / "config.json"))
         self._check_complete()
 
     def read_layer(self, i: int, dtype: Any = None) -> dict[str, Any]:

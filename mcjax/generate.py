@@ -257,7 +257,6 @@ def generate_text(
     max_new_tokens: int = 128,
     sampling: Sampling | None = None,
     seed: int = 0,
-    bos: str = "auto",
     stop: Sequence[str] = (),
     write: Callable[[str], Any] | None = None,
     draft_bits: int | None = None,
@@ -310,8 +309,9 @@ def generate_text(
                 f"{path} is not an artifact, so --budget, --bits, --act-bits, --odp and "
                 "--draft-bits do not apply; make one with `mcjax compress`"
             )
-        module, params, average = Mixtral(folder.config), folder.read(np.float32), 16.0
-        tokenizer_path = folder.tokenizer_path
+        model = serving.load(path)
+        module, params, average = model.module, model.params, model.average_bits
+        tokenizer_path = Checkpoint(path).tokenizer_path
     tokenizer, vocab_size = open_tokenizer(tokenizer_path), module.config.vocab_size
     encoded = _encode(tokenizer, tokenizer_path.parent, prompts, chat)
     begin = beginning(tokenizer_path, vocab_size, bos)
@@ -330,7 +330,7 @@ def generate_text(
         params,
         encoded,
         max_new_tokens,
-        sampling=replace(sampling or Sampling(), known=max(tokenizer.get_vocab().values()) + 1),
+        sampling=sampling,
         key=jax.random.key(seed),
         stop_tokens=ends,
         draft=draft,

@@ -129,7 +129,7 @@ class Folder(Checkpoint):
 
     def __init__(self, path: str | Path):
         super().__init__(path)
-        self.values = read_config(self.path)
+        self.values = read_json(self.path / "config.json")
         self.page, self.decoder = describe(_without_quantization(self.path, self.values))
         self._refuse_quantized()
         self.prefix = next((p for p in PREFIXES if f"{p}embed_tokens.weight" in self.shards), None)
@@ -269,19 +269,6 @@ class Folder(Checkpoint):
 def _without_quantization(path: Path, values: dict[str, Any]) -> dict[str, Any]:
     """The config without the field that `_refuse_quantized` answers for by the tensors."""
     return {k: v for k, v in values.items() if k != "quantization_config"}
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """A folder's config.json, its `eos_token_id`s united with those of generation_config.json."""
-    values, generation = read_json(folder / "config.json"), folder / "generation_config.json"
-    if not generation.is_file():
-        return values
-    ends: list[Any] = []
-    for given in (values.get("eos_token_id"), read_json(generation).get("eos_token_id")):
-        for token in given if isinstance(given, list) else [given]:
-            if token is not None and token not in ends:
-                ends.append(token)
-    return {**values, "eos_token_id": ends}
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mcjax.checkpoint import MANIFEST, read_manifest
-from mcjax.convert import read_json
+from mcjax.hub import read_json
 
 BOS = ("auto", "always", "never")
 """Whether texts begin with the beginning-of-sequence token: auto is as the tokenizer says."""

@@ -242,7 +242,7 @@ def test_families_are_known_on_their_pages_alone():
     [
         ([[0, 64]], ValueError, "tokens must be 0 to 63, got 0 to 64"),
         ([[-1, 3]], ValueError, "got -1 to 3"),
-        ([1, 2, 3], ValueError, r"\[batch, length\], got shape \(3,\)"),
+        ([1, 2, 3], ValueError, r"\[B, T\], got 1 dimensions: \(3,\)"),
         ([[1.0, 2.0]], TypeError, "tokens must be integers, got float64"),
     ],
 )
