@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mcjax.models.decoder import Activation, Decoder, Dense, Heads, Layer, segments
+from mcjax.models.decoder import Activation, Decoder, Dense, Heads, Layer
 from mcjax.models.families import shared
 from mcjax.models.families.fields import Fields
 from mcjax.models.families.tensors import gated, plus_one
@@ -46,16 +46,12 @@ def decoder(fields: Fields) -> Decoder:
         )
         for kind in fields.get("layer_types", usual)
     ]
-    return Decoder(
-        vocab_size=fields.size("vocab_size"),
-        width=width,
-        segments=segments(layers),
-        max_position_embeddings=fields.size("max_position_embeddings"),
-        norm_eps=fields.number("rms_norm_eps", 1e-6),
+    return shared.model(
+        fields,
+        layers,
         embedding_scale=width**0.5,
         logit_cap=fields.get("final_logit_softcapping", None),
-        tied=fields.flag("tie_word_embeddings", True),
-        eos_token_ids=fields.eos(),
+        tied=True,
     )
 
 

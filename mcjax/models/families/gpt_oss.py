@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mcjax.models.decoder import Activation, Decoder, Heads, Layer, Routed, Routing, segments
+from mcjax.models.decoder import Activation, Decoder, Heads, Layer, Routed, Routing
 from mcjax.models.families import shared
 from mcjax.models.families.fields import Fields
 from mcjax.models.families.tensors import interleaved, keep, linear
@@ -47,15 +47,7 @@ def decoder(fields: Fields) -> Decoder:
         )
         for kind in fields.get("layer_types", usual)
     ]
-    return Decoder(
-        vocab_size=fields.size("vocab_size"),
-        width=width,
-        segments=segments(layers),
-        max_position_embeddings=fields.size("max_position_embeddings"),
-        norm_eps=fields.number("rms_norm_eps", 1e-5),
-        tied=fields.flag("tie_word_embeddings"),
-        eos_token_ids=fields.eos(),
-    )
+    return shared.model(fields, layers, norm_eps=1e-5)
 
 
 outside = shared.outside

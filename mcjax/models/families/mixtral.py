@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mcjax.models.decoder import Decoder, Heads, Layer, Routed, Routing, segments
+from mcjax.models.decoder import Decoder, Heads, Layer, Routed, Routing
 from mcjax.models.families import shared
 from mcjax.models.families.fields import Fields
 from mcjax.models.families.tensors import experts, linear
@@ -30,15 +30,7 @@ def decoder(fields: Fields) -> Decoder:
             routing=Routing(top_k=fields.size("num_experts_per_tok")),
         ),
     )
-    return Decoder(
-        vocab_size=fields.size("vocab_size"),
-        width=width,
-        segments=segments([layer] * fields.size("num_hidden_layers")),
-        max_position_embeddings=fields.size("max_position_embeddings"),
-        norm_eps=fields.number("rms_norm_eps", 1e-5),
-        tied=fields.flag("tie_word_embeddings"),
-        eos_token_ids=fields.eos(),
-    )
+    return shared.model(fields, [layer] * fields.size("num_hidden_layers"), norm_eps=1e-5)
 
 
 outside = shared.outside

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mcjax.models.decoder import Decoder, Dense, Heads, Layer, Routed, Routing, segments
+from mcjax.models.decoder import Decoder, Dense, Heads, Layer, Routed, Routing
 from mcjax.models.families import shared
 from mcjax.models.families.fields import Fields
 from mcjax.models.families.tensors import experts, gated, linear
@@ -43,15 +43,7 @@ def decoder(fields: Fields) -> Decoder:
         Layer(mixer=mixer, block=dense if i in without or (i + 1) % step else routed)
         for i in range(fields.size("num_hidden_layers"))
     ]
-    return Decoder(
-        vocab_size=fields.size("vocab_size"),
-        width=width,
-        segments=segments(layers),
-        max_position_embeddings=fields.size("max_position_embeddings"),
-        norm_eps=fields.number("rms_norm_eps", 1e-6),
-        tied=fields.flag("tie_word_embeddings"),
-        eos_token_ids=fields.eos(),
-    )
+    return shared.model(fields, layers)
 
 
 outside = shared.outside

@@ -12,7 +12,6 @@ from mcjax.models.decoder import (
     Layer,
     Routed,
     Routing,
-    segments,
 )
 from mcjax.models.families import shared
 from mcjax.models.families.fields import Fields
@@ -67,15 +66,7 @@ def decoder(fields: Fields) -> Decoder:
         Layer(mixer=mixers[kind], block=dense if i in without or (i + 1) % step else routed)
         for i, kind in enumerate(fields.get("layer_types", usual))
     ]
-    return Decoder(
-        vocab_size=fields.size("vocab_size"),
-        width=width,
-        segments=segments(layers),
-        max_position_embeddings=fields.size("max_position_embeddings"),
-        norm_eps=fields.number("rms_norm_eps", 1e-6),
-        tied=fields.flag("tie_word_embeddings"),
-        eos_token_ids=fields.eos(),
-    )
+    return shared.model(fields, layers)
 
 
 def outside(decoder: Decoder) -> list:

@@ -2,10 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from mcjax.models.decoder import Decoder
+from mcjax.models.decoder import Decoder, Layer, segments
+from mcjax.models.families.fields import Fields
 from mcjax.models.families.tensors import Rule, keep, linear, vectors
+
+
+def model(
+    fields: Fields,
+    layers: Sequence[Layer],
+    norm_eps: float = 1e-6,
+    tied: bool = False,
+    **more: Any,
+) -> Decoder:
+    """A model of these layers, the rest of it read from fields that every family has.
+
+    Args:
+      fields: of the config.
+      layers: in order.
+      norm_eps: where the config has none; likewise `tied`.
+      tied: see `norm_eps`.
+      **more: other attributes of `Decoder`.
+    """
+    return Decoder(
+        vocab_size=fields.size("vocab_size"),
+        width=fields.size("hidden_size"),
+        segments=segments(layers),
+        max_position_embeddings=fields.size("max_position_embeddings"),
+        norm_eps=fields.number("rms_norm_eps", norm_eps),
+        tied=fields.flag("tie_word_embeddings", tied),
+        eos_token_ids=fields.eos(),
+        **more,
+    )
 
 
 def outside(decoder: Decoder, norm=keep) -> list[Rule]:
