@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -264,3 +265,13 @@ def test_a_folder_is_served_dense_only(tmp_path):
     assert model.average_bits == model.effective_bits == 16
     with pytest.raises(ValueError, match="dense weights, not planes"):
         model.refine(budget=2.0)
+
+
+@pytest.mark.parametrize("path", sorted(FIXTURES.glob("mixtral_*.npz")), ids=lambda p: p.stem)
+def test_mixtral_is_the_references(path, tmp_path):
+    arrays = dict(np.load(path))
+    config, tokens, logits = (arrays.pop(name) for name in ("config", "tokens", "logits"))
+    if arrays.pop("bfloat16"):
+        arrays = {name: value.view(ml_dtypes.bfloat16) for name, value in arrays.items()}
+    model = mcjax.load(write(tmp_path / "model", json.loads(str(config)), arrays))
+    assert error(model(tokens), logits) < 1e-4
