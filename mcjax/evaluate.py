@@ -64,51 +64,27 @@ def evaluate(
     path = Path(path)
     if calibration is not None and prune is None:
         raise ValueError("--calibration is for pruning: give --odp too, or leave it out")
-    if (path / MANIFEST).is_file():
-        if calibration is not None:
-            raise ValueError(f"{path} carries its calibration; --calibration is for MODEL folders")
-        model = serving.load(
-            path, budget, bits=bits, act_bits=act_bits, prune=prune, quantile=quantile
-        )
-        module, params = model.module, model.params
-        tokenizer_path, config = path / "tokenizer.json", module.config
-        facts = {
-            "average_bits": model.average_bits,
-            "effective_bits": model.effective_bits,
-            "bytes_read": model.bytes_read,
-        }
-    else:
+    artifact = (path / MANIFEST).is_file()
+    if calibration is not None and artifact:
+        raise ValueError(f"{path} carries its calibration; --calibration is for MODEL folders")
+    if prune is not None and not artifact:
         if not (budget is bits is act_bits is None):
             raise ValueError(
                 f"{path} is not an artifact, so --budget, --bits and --act-bits do not apply; "
                 "make one with `mcjax compress`"
             )
-        if prune is None:
-            model = serving.load(path)
-            module, params, config = model.module, model.params, model.module.config
-            tokenizer_path = Checkpoint(path).tokenizer_path
-            facts = {
-                "average_bits": model.average_bits,
-                "effective_bits": model.effective_bits,
-                "bytes_read": model.bytes_read,
-            }
-        else:
-            folder = HuggingFaceFolder(path)
-            tokenizer_path, config = folder.tokenizer_path, folder.config
-            module, params = Mixtral(config), folder.read()
-            facts = _dense_facts(params)
-            if calibration is None:
-                raise ValueError(
-                    f"--odp on the folder {path} needs --calibration TEXT to choose thresholds by"
-                )
-            text.check_length(seq_len, config.max_position_embeddings)
-            tokens = text.encode_file(tokenizer_path, calibration, config.vocab_size)
-            begin = text.beginning(tokenizer_path, config.vocab_size, bos)
-            some = text.spread(text.windows(tokens, seq_len, "calibration text", begin), 128)
-            params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
-            statistics = dense_pruning_statistics(config, params, some)
-            params = serving.with_pruning(params, statistics, prune, quantile)
-            module = module.clone(prune=prune)
+        module, params, facts = _pruned_folder(path, calibration, seq_len, prune, quantile, bos)
+    else:
+        model = serving.load(
+            path, budget, bits=bits, act_bits=act_bits, prune=prune, quantile=quantile
+        )
+        module, params = model.module, model.params
+        facts = {
+            "average_bits": model.average_bits,
+            "effective_bits": model.effective_bits,
+            "bytes_read": model.bytes_read,
+        }
+    tokenizer_path, config = Checkpoint(path).tokenizer_path, module.config
     windows = _windows(tokenizer_path, text_path, config, seq_len, max_tokens, bos)
     start = time.perf_counter()
     value, skipped = text.perplexity(
@@ -122,6 +98,25 @@ def evaluate(
         "experts_pruned": skipped,
         "tokens_per_second": windows.size / seconds,
     }
+
+
+def _pruned_folder(path, calibration, seq_len, prune, quantile, bos):
+    """A folder's module with pruning, its parameters, and what they are in bits and bytes."""
+    folder = HuggingFaceFolder(path)
+    config, params = folder.config, folder.read()
+    facts = _dense_facts(params)
+    if calibration is None:
+        raise ValueError(
+            f"--odp on the folder {path} needs --calibration TEXT to choose thresholds by"
+        )
+    text.check_length(seq_len, config.max_position_embeddings)
+    tokens = text.encode_file(folder.tokenizer_path, calibration, config.vocab_size)
+    begin = text.beginning(folder.tokenizer_path, config.vocab_size, bos)
+    some = text.spread(text.windows(tokens, seq_len, "calibration text", begin), 128)
+    params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
+    statistics = dense_pruning_statistics(config, params, some)
+    params = serving.with_pruning(params, statistics, prune, quantile)
+    return Mixtral(config, prune=prune), params, facts
 
 
 def dense_pruning_statistics(

@@ -295,23 +295,16 @@ def generate_text(
       ValueError: for input that cannot be served.
     """
     path, draft, tally = Path(path), None, Tally()
-    if (path / MANIFEST).is_file():
-        model = serving.load(
-            path, budget, bits=bits, act_bits=act_bits, prune=prune, quantile=quantile
+    if draft_bits is not None and not (path / MANIFEST).is_file():
+        raise ValueError(
+            f"{path} is not an artifact, so --draft-bits does not apply; make one with "
+            "`mcjax compress`"
         )
-        module, params, average = model.module, model.params, model.average_bits
-        if draft_bits is not None:
-            draft = self_draft(model, draft_bits, draft_length)
-        tokenizer_path = path / "tokenizer.json"
-    else:
-        if not (budget is bits is act_bits is prune is draft_bits is None):
-            raise ValueError(
-                f"{path} is not an artifact, so --budget, --bits, --act-bits, --odp and "
-                "--draft-bits do not apply; make one with `mcjax compress`"
-            )
-        model = serving.load(path)
-        module, params, average = model.module, model.params, model.average_bits
-        tokenizer_path = Checkpoint(path).tokenizer_path
+    model = serving.load(path, budget, bits=bits, act_bits=act_bits, prune=prune, quantile=quantile)
+    module, params, average = model.module, model.params, model.average_bits
+    if draft_bits is not None:
+        draft = self_draft(model, draft_bits, draft_length)
+    tokenizer_path = Checkpoint(path).tokenizer_path
     tokenizer, vocab_size = open_tokenizer(tokenizer_path), module.config.vocab_size
     encoded = _encode(tokenizer, tokenizer_path.parent, prompts, chat)
     begin = beginning(tokenizer_path, vocab_size, bos)

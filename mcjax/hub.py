@@ -16,6 +16,7 @@ from mcjax.models import weights
 from mcjax.models.decoder import Layer
 from mcjax.models.families import describe
 from mcjax.models.families.tensors import Rule
+from mcjax.notes import note
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -130,8 +131,10 @@ class Folder(Checkpoint):
     def __init__(self, path: str | Path):
         super().__init__(path)
         self.values = read_json(self.path / "config.json")
-        self.page, self.decoder = describe(_without_quantization(self.path, self.values))
         self._refuse_quantized()
+        if self.values.pop("quantization_config", None) is not None:
+            note(f"{self.path}: quantization_config is not read, since the tensors are floats")
+        self.page, self.decoder = describe(self.values)
         self.prefix = next((p for p in PREFIXES if f"{p}embed_tokens.weight" in self.shards), None)
         if self.prefix is None:
             raise ValueError(f"{self.path} has no tensor embed_tokens.weight")
@@ -151,8 +154,9 @@ class Folder(Checkpoint):
         for rule in self.page.outside(self.decoder):
             for path, value in self._apply(rule, self._outer, outside, 1, dtype):
                 weights.put(tree, tuple(path.split(".")), value)
-        for i in progress(range(len(self.decoder.layers))):
-            s, member, repeat = self.decoder.places[i]
+        places = self.decoder.places
+        for i in progress(range(len(places))):
+            s, member, repeat = places[i]
             at = weights.segment_name(s), weights.layer_name(member)
             for path, value in self.read_layer(i, dtype):
                 where = (*at, *path.split("."))
@@ -264,11 +268,6 @@ class Folder(Checkpoint):
                     f"{self.path} is a {kind} checkpoint ({name}), whose weights are quantised "
                     "already; give the model in bf16, f16 or f32, as its makers publish it"
                 )
-
-
-def _without_quantization(path: Path, values: dict[str, Any]) -> dict[str, Any]:
-    """The config without the field that `_refuse_quantized` answers for by the tensors."""
-    return {k: v for k, v in values.items() if k != "quantization_config"}
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from mcjax.models import weights
 from mcjax.models.decoder import segments
 from mcjax.models.families import PAGES, describe
 from mcjax.models.language_model import LanguageModel
+from mcjax.notes import Note
 
 FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = sorted(path.stem.removeprefix("family_") for path in FIXTURES.glob("family_*.npz"))
@@ -275,3 +276,17 @@ def test_mixtral_is_the_references(path, tmp_path):
         arrays = {name: value.view(ml_dtypes.bfloat16) for name, value in arrays.items()}
     model = mcjax.load(write(tmp_path / "model", json.loads(str(config)), arrays))
     assert error(model(tokens), logits) < 1e-4
+
+
+def test_a_quantization_config_beside_floats_is_named(tmp_path):
+    config, tokens, logits, tensors = fixture("qwen3_moe_plain")
+    folder = write(tmp_path / "model", config | {"quantization_config": {"bits": 4}}, tensors)
+    with pytest.warns(Note, match="quantization_config is not read"):
+        model = mcjax.load(folder)
+    assert error(model(tokens), logits) < 1e-4
+
+
+def test_a_field_that_would_change_the_layers_is_refused(tmp_path):
+    config, _, _, tensors = fixture("deepseek_v3")
+    with pytest.raises(ValueError, match="moe_layer_freq 2 is not supported"):
+        mcjax.load(write(tmp_path / "model", config | {"moe_layer_freq": 2}, tensors))

@@ -18,6 +18,7 @@ def decoder(fields: Fields) -> Decoder:
     fields.only("hidden_act", "silu")
     fields.only("scoring_func", "sigmoid")
     fields.only("topk_method", "noaux_tc")
+    fields.only("moe_layer_freq", 1)
     heads, nope = fields.size("num_attention_heads"), fields.size("qk_nope_head_dim")
     fields.only("num_key_value_heads", heads)
     fields.get("qk_head_dim", None)

@@ -35,7 +35,6 @@ HARMLESS = frozenset(
         "is_encoder_decoder",
         "label2id",
         "model_type",
-        "moe_layer_freq",
         "mtp_num_hidden_layers",
         "num_nextn_predict_layers",
         "output_attentions",
