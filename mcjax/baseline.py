@@ -16,10 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from mcjax.bitplane import resolve_group_size
-from mcjax.calibrate import capture, combine_weights
-from mcjax.convert import HuggingFaceFolder
-from mcjax.models.mixtral import Layer
-from mcjax.models.mixtral import layer as layer_module
+from mcjax.calibrate import expert_grams, observe
+from mcjax.hub import Folder
+from mcjax.models import weights
+from mcjax.models.decoder import Layer
+from mcjax.models.language_model import embed
+from mcjax.models.weights import Role
 from mcjax.quantize import gptq
 from mcjax.quantize.gram import condition
 
@@ -27,11 +29,12 @@ ATTENTION_BITS = 4
 
 
 def dedicated_gptq(
-    folder: HuggingFaceFolder,
+    folder: Folder,
     windows: np.ndarray,
     allocation: np.ndarray,
     group_size: int | None = None,
     batch: int = 16,
+    attention_bits: int = ATTENTION_BITS,
 ) -> dict[str, Any]:
     """Quantises a model for one allocation.
 
@@ -41,68 +44,58 @@ def dedicated_gptq(
       allocation: each expert's width, int [L, E].
       group_size: as in `mcjax.quantize`.
       batch: windows computed at once.
+      attention_bits: width of all that the allocation is not about.
 
     Returns:
-      Dense float32 parameters of a `Mixtral`, each weight at its quantised values.
+      Dense float32 parameters of a `LanguageModel`, each weight at its quantised values.
     """
-    params = folder.read(np.float32)
-    layer = layer_module(folder.config, None, 0)  # all layers are alike
-    x = params["embedding"][windows]
+    decoder, params = folder.decoder, folder.read_rest(np.float32)
+    x = np.array(embed(decoder, params, windows, jnp.float32))
     starts = range(0, len(windows), batch)
-    for i, widths in enumerate(allocation):
-        own = params[f"layer_{i}"]
-        grams = [_routed_grams(layer, own, x[s : s + batch]) for s in starts]
-        into, out, expert_in, expert_hidden = (sum(g) for g in zip(*grams, strict=True))
+    numbers, layers = weights.budgeted_layers(decoder), []
+    for i, layer in enumerate(decoder.layers):
+        own: dict[str, Any] = {}
+        for name, value in folder.read_layer(i, np.float32):
+            weights.put(own, tuple(name.split(".")), jnp.asarray(value))
 
-        def one(w, gram, bits):
-            return _quantize(w, gram, bits, resolve_group_size(w.shape[0], group_size))
+        def run(own, layer=layer, x=x):
+            some = (x[s : s + batch] for s in starts)
+            each = [observe(layer, decoder.width, decoder.norm_eps, own, part) for part in some]
+            return zip(*each, strict=True)
 
-        def every(weights, grams, widths=tuple(widths)):
-            each = zip(weights, grams, widths, strict=True)
-            return jnp.stack([one(w, gram, int(bits)) for w, gram, bits in each])
+        _, grams, seen = run(own)
+        grams = jax.tree.map(lambda *parts: sum(parts), *grams)
+        paths = {role.path for role in weights.budgeted(decoder, layer)}
+        for role in weights.roles(layer, decoder.width):
+            if role.tap is None:
+                continue
+            w, group = weights.get(own, role.path), resolve_group_size(role.shape[-2], group_size)
+            if role.path not in paths:
+                made = _quantize(w, grams[role.tap], attention_bits, group)
+            elif role.routed:
+                made = _experts(layer, own, role, seen, allocation[numbers.index(i)], group)
+            else:
+                made = _quantize(w, grams[role.tap], int(allocation[numbers.index(i)][0]), group)
+            weights.put(own, role.path, made)
+        layers.append(own)
+        x = np.concatenate(run(own)[0])
+    return params | weights.stacked(decoder, layers)
 
-        own = {
-            **own,
-            "attention": {
-                name: one(w, out if name == "o" else into, ATTENTION_BITS)
-                for name, w in own["attention"].items()
-            },
-            "moe": {
-                **own["moe"],
-                "experts": {
-                    name: every(w, expert_hidden if name == "down" else expert_in)
-                    for name, w in own["moe"]["experts"].items()
-                },
-            },
-        }
-        params[f"layer_{i}"] = own
-        x = jnp.concatenate([_forward(layer, own, x[s : s + batch]) for s in starts])
-    return params
+
+def _experts(layer: Layer, own: Any, role: Role, seen, widths, group_size: int) -> jax.Array:
+    """A weight [E, d_in, d_out], its experts quantised one by one under plain sums of x x'."""
+    path, name = role.path[:-1], role.path[-1]
+    every = weights.get(own, path)
+    plain = [s._replace(weights=jnp.ones_like(s.weights)) for s in seen]
+    made = []
+    for e, bits in enumerate(widths):
+        one = jax.tree.map(lambda w, e=e: w[e : e + 1], every)
+        grams = expert_grams(layer.block.activation, one, plain, e, None, floor=0)
+        gram = grams[1 if name == "down" else 0][0]
+        made.append(_quantize(every[name][e], gram, int(bits), group_size))
+    return jnp.stack(made)
 
 
 @partial(jax.jit, static_argnames=("bits", "group_size"))
 def _quantize(w, gram, bits, group_size):
     return gptq(w, condition(gram), bits=bits, group_size=group_size)
-
-
-@partial(jax.jit, static_argnames="layer")
-def _routed_grams(layer: Layer, params: Any, x: jax.Array) -> tuple[jax.Array, ...]:
-    """Plain sums of x x' over the tokens that reach each weight."""
-    _, seen = capture(layer, params, x)
-    tokens = seen["moe_input"].reshape(-1, x.shape[-1])
-    routed = (combine_weights(tokens, params["moe"]["router"], layer.config) > 0).astype(x.dtype)
-    experts = params["moe"]["experts"]
-
-    def one_expert(expert):
-        gate, up, routed = expert
-        hidden = jax.nn.silu(tokens @ gate) * (tokens @ up)
-        return (tokens.T * routed) @ tokens, (hidden.T * routed) @ hidden
-
-    expert_grams = jax.lax.map(one_expert, (experts["gate"], experts["up"], routed.T))
-    flat = [seen[n].reshape(-1, seen[n].shape[-1]) for n in ("attention_input", "attention_output")]
-    return (*(a.T @ a for a in flat), *expert_grams)
-
-
-@partial(jax.jit, static_argnames="layer")
-def _forward(layer, params, x):
-    return layer.apply({"params": params}, x, jnp.arange(x.shape[1])[None])[0]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -98,7 +98,7 @@ class BitPlanes:
         for k in sorted(set(allocation)):
             experts = np.flatnonzero(np.asarray(allocation) == k)
             stacks.append(jax.tree.map(lambda leaf, e=experts: leaf[e], self._slice(k)))
-        return MixedPlanes(stacks=tuple(stacks), allocation=allocation)
+        return mixed(stacks, allocation)
 
     def _slice(self, width: int) -> BitPlanes:
         if width not in self.widths:
@@ -154,36 +154,50 @@ def _dequantize(planes: BitPlanes, dtype: Any) -> jax.Array:
     return planes._values().astype(dtype)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["stacks"], meta_fields=["allocation"])
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["stacks", "stack", "slot"], meta_fields=["most"]
+)
 @dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class MixedPlanes:
-    """Experts [E, d_in, d_out], each with its own width.
+    """Weights of logical shape [..., d_in, d_out], each with its own width.
 
-    One uniform `BitPlanes` for each distinct width, and a static map from expert to (width, slot),
-    so that memory is the sum of the bits and experts keep their order.
+    One uniform `BitPlanes` for each width, and where in them each weight lies. Places are data, so
+    a program depends on how many weights have which width and not on which ones they are, and the
+    layers of a scan share stacks of which each looks up its own.
 
     Attributes:
-      stacks: `BitPlanes` of ascending width; stack s holds, in order, the experts of its width.
-      allocation: the width of each expert.
+      stacks: `BitPlanes` [n_s, d_in, d_out] of ascending width.
+      stack: int32 [...], which stack holds each weight.
+      slot: int32 [...], its place there.
+      most: most planes of a weight that are read, None for all. Wider stacks have a table of this
+        width too.
     """
 
     stacks: tuple[BitPlanes, ...]
-    allocation: tuple[int, ...]
+    stack: jax.Array
+    slot: jax.Array
+    most: int | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Logical shape [experts, d_in, d_out]."""
-        return (len(self.allocation), *self.stacks[0].shape[1:])
+        """Logical shape [..., d_in, d_out]."""
+        return (*self.stack.shape, *self.stacks[0].shape[1:])
 
     @property
     def ndim(self) -> int:
-        """Number of logical axes, always 3."""
-        return 3
+        """Number of logical axes."""
+        return len(self.shape)
+
+    @property
+    def allocation(self) -> np.ndarray:
+        """The width of each weight as held, int [...]; its values must be concrete."""
+        return np.array([stack.bits for stack in self.stacks])[np.asarray(self.stack)]
 
     @property
     def bits(self) -> float:
-        """Average width over experts."""
-        return sum(self.allocation) / len(self.allocation)
+        """Planes that are read of a weight, on average over the stacks."""
+        count = sum(stack.shape[0] for stack in self.stacks)
+        return sum(stack.shape[0] * self._read(stack) for stack in self.stacks) / count
 
     @property
     def group_size(self) -> int:
@@ -193,29 +207,82 @@ class MixedPlanes:
     @property
     def nbytes(self) -> int:
         """Bytes of planes and tables together."""
-        return _nbytes(self)
+        return _nbytes(self.stacks)
 
     @property
     def effective_bits(self) -> float:
         """Stored bits per logical weight, tables included."""
-        return 8 * self.nbytes / math.prod(self.shape)
+        return 8 * self.nbytes / sum(math.prod(stack.shape) for stack in self.stacks)
 
-    @property
-    def location(self) -> tuple[tuple[int, int], ...]:
-        """For each expert the index of its stack and its slot there."""
-        widths = sorted(set(self.allocation))
-        return tuple(
-            (widths.index(k), self.allocation[:e].count(k)) for e, k in enumerate(self.allocation)
-        )
+    def at(self, i: Any) -> MixedPlanes:
+        """Those at index i of the first axis: the same stacks, fewer places."""
+        return replace(self, stack=_at(self.stack, i), slot=_at(self.slot, i))
+
+    def choose(self, function: Callable[[BitPlanes], Any]) -> Any:
+        """`function` of the one weight that this is, [d_in, d_out] as `BitPlanes` of its width."""
+
+        def of_stack(stack):
+            def branch(slot):
+                return function(self._one(stack, slot))
+
+            return branch
+
+        branches = [of_stack(stack) for stack in self.stacks]
+        return branches[0](self.slot) if len(branches) == 1 else _switch(self, branches)
 
     def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
-        """The weights in expert order, [experts, d_in, d_out] of `dtype`."""
-        starts = np.cumsum([0] + [stack.shape[0] for stack in self.stacks])
-        order = np.array([starts[s] + slot for s, slot in self.location])
-        return jnp.concatenate([stack.dequantize(dtype) for stack in self.stacks])[order]
+        """The weights in their own order, [..., d_in, d_out] of `dtype`."""
+        starts = jnp.asarray(np.cumsum([0] + [s.shape[0] for s in self.stacks])[:-1])
+        stacks = [stack.slice(self._read(stack)).dequantize(dtype) for stack in self.stacks]
+        return jnp.concatenate(stacks)[starts[self.stack] + self.slot]
+
+    def _read(self, stack: BitPlanes) -> int:
+        return stack.bits if self.most is None else min(self.most, stack.bits)
+
+    def _one(self, stack: BitPlanes, slot: jax.Array) -> BitPlanes:
+        return jax.tree.map(lambda leaf: _at(leaf, slot), stack).slice(self._read(stack))
 
     def __repr__(self) -> str:
-        return f"MixedPlanes(shape={self.shape}, allocation={self.allocation})"
+        held = ", ".join(f"{s.shape[0]} of {s.bits} bits" for s in self.stacks)
+        return f"MixedPlanes(shape={self.shape}, {held})"
+
+
+def _switch(planes: MixedPlanes, branches: list) -> Any:
+    return jax.lax.switch(planes.stack, branches, planes.slot)
+
+
+def _at(array: jax.Array, i: Any) -> jax.Array:
+    """Entry i >= 0 of the first axis."""
+    return jax.lax.dynamic_index_in_dim(array, i, keepdims=False, allow_negative_indices=False)
+
+
+def mixed(stacks: Sequence[BitPlanes], allocation: Any, most: int | None = None) -> MixedPlanes:
+    """Weights in stacks by width, each stack holding its own in their order.
+
+    Args:
+      stacks: of ascending width.
+      allocation: int [...], each weight's width.
+      most: as in `MixedPlanes`.
+    """
+    stack, slot = places(allocation)
+    return MixedPlanes(
+        stacks=tuple(stacks), stack=jnp.asarray(stack), slot=jnp.asarray(slot), most=most
+    )
+
+
+def places(allocation: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Stack and slot, int32 [...], of weights of the widths int [...]."""
+    widths = np.asarray(allocation)
+    _, stack = np.unique(widths, return_inverse=True)
+    stack = stack.reshape(-1)
+    slot = np.zeros_like(stack)
+    for s in range(stack.max(initial=-1) + 1):
+        mine = stack == s
+        slot[mine] = np.arange(mine.sum())
+    return (
+        stack.reshape(widths.shape).astype(np.int32),
+        slot.reshape(widths.shape).astype(np.int32),
+    )
 
 
 Planes = BitPlanes | MixedPlanes
@@ -330,28 +397,6 @@ def empty(
         d_in=d_in,
         group_size=group_size,
     )
-
-
-def empty_experts(
-    shape: Sequence[int],
-    allocation: Sequence[int],
-    group_size: int | None = None,
-    draft: int | None = None,
-) -> MixedPlanes:
-    """All-zero experts of a given logical shape [E, d_in, d_out], each of its own width.
-
-    Args:
-      shape: logical [E, d_in, d_out].
-      allocation: the width of each expert.
-      group_size: see `resolve_group_size`.
-      draft: a width that experts can be cut to as well, see `draft_widths`.
-    """
-    allocation = tuple(allocation)
-    stacks = tuple(
-        empty((allocation.count(k), *shape[1:]), draft_widths(k, draft), group_size)
-        for k in sorted(set(allocation))
-    )
-    return MixedPlanes(stacks=stacks, allocation=allocation)
 
 
 def draft_widths(width: int, draft: int | None) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,9 +12,22 @@ import numpy as np
 from jax import lax
 
 from mcjax import odp
-from mcjax.bitplane import BitPlanes
-from mcjax.models.config import MixtralConfig
-from mcjax.models.mixtral import Layer, route, router_logits, swiglu_experts
+from mcjax.models import weights as weights_lib
+from mcjax.models.attention import Context
+from mcjax.models.decoder import Activation, Layer, Routed
+from mcjax.models.experts import apply_experts, one_expert
+from mcjax.models.language_model import run_layer
+from mcjax.models.norms import rms_norm
+from mcjax.ops.grouped import group_rows
+
+GRAM_FLOOR = 1e-3
+"""Weight of every calibration token in every expert's Gram matrix, see `expert_grams`."""
+
+FLOOR_TOKENS = 512
+"""Tokens that stand for all of them in the hidden features of every expert."""
+
+BLOCK_ROWS = 256
+"""Rows of one expert that are computed at once."""
 
 STAND_IN_FLOOR = 1e-3
 """How much of its layer's moments each expert's stand-in is fitted on as well."""
@@ -25,142 +38,202 @@ way is no better where calibration text is like the text served, and worse where
 calibration text by heart, see benchmarks/README.md."""
 
 
-class LayerGrams(NamedTuple):
-    """Sums over the calibration tokens that have passed through one layer.
-
-    With w[t, e] the routing weight of expert e for token t, zero where it is not routed to, the
-    experts' matrices sum (w^2 + floor) x x': the squared error of the block's output weighs each
-    token by w^2, and `floor` lets every token speak a little, so that an expert that calibration
-    hardly reaches has its layer's inputs to go by (ours).
+class Seen(NamedTuple):
+    """A batch of N tokens as the experts of a layer see them, kept on the host.
 
     Attributes:
-      attention_input: float32 [D, D], inputs of qkv.
-      attention_output: float32 [Q, Q], inputs of o.
-      expert_input: float32 [E, D, D], inputs of gate and up.
-      expert_hidden: float32 [E, F, F], inputs of down.
-      frequency: float32 [E], tokens routed to each expert.
-      routing_weight: float32 [E], sum of w.
-      tokens: float32 [], all tokens.
+      x: float32 [N, D], inputs of the block.
+      experts: int32 [N, K].
+      weights: float32 [N, K].
     """
 
-    attention_input: jax.Array
-    attention_output: jax.Array
-    expert_input: jax.Array
-    expert_hidden: jax.Array
-    frequency: jax.Array
-    routing_weight: jax.Array
-    tokens: jax.Array
+    x: np.ndarray
+    experts: np.ndarray
+    weights: np.ndarray
 
 
-def empty_grams(config: MixtralConfig) -> LayerGrams:
-    """Sums over no tokens."""
-    d, f, e = config.hidden_size, config.intermediate_size, config.num_local_experts
-    q = config.num_attention_heads * config.head_dim
-    shapes = ((d, d), (q, q), (e, d, d), (e, f, f), (e,), (e,), ())
-    return LayerGrams(*(jnp.zeros(shape, jnp.float32) for shape in shapes))
-
-
-def capture(layer: Layer, params: Any, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Runs a layer and keeps what calibration needs.
+@partial(jax.jit, static_argnames=("spec", "width", "eps"))
+def observe(spec: Layer, width: int, eps: float, own: Any, x: jax.Array):
+    """Runs a layer once, for its output and for what calibration needs.
 
     Args:
-      layer: the module.
-      params: its parameters.
+      spec: of the layer.
+      width: features of a token.
+      eps: of the norms.
+      own: its weights, dense.
       x: hidden states [B, T, D].
 
     Returns:
-      The layer's output [B, T, D]; `attention_input` [B, T, D], `attention_output` [B, T, Q] and
-      `moe_input` [B, T, D].
+      The layer's output [B, T, D]; sums of x x' over the tokens for every input of a product but
+      those inside of routed experts, by tap; and `Seen`. The network of a layer without routed
+      experts is its one expert, and a token's weight is one over the size of what comes out of the
+      layer, since later norms make nothing of that size.
     """
-    positions = jnp.arange(x.shape[1])[None]
-    (y, _), seen = layer.apply({"params": params}, x, positions, mutable=["calibration"])
-    seen = seen["calibration"]
-    return y, {
-        "attention_input": seen["attention"]["attention_input"][0],
-        "attention_output": seen["attention"]["attention_output"][0],
-        "moe_input": seen["moe"]["moe_input"][0],
-    }
-
-
-@partial(jax.jit, static_argnames=("layer", "floor"), donate_argnames="grams")
-def accumulate(
-    layer: Layer, params: Any, x: jax.Array, grams: LayerGrams, floor: float
-) -> tuple[LayerGrams, jax.Array]:
-    """Adds one batch of hidden states x [B, T, D] to the sums; also returns the MoE's input."""
-    c = layer.config
-    _, seen = capture(layer, params, x)
-    tokens = seen["moe_input"].reshape(-1, c.hidden_size)
-    weight = combine_weights(tokens, params["moe"]["router"], c)
-    experts = params["moe"]["experts"]
-
-    def one_expert(expert):
-        gate, up, weight = expert
-        share = weight**2 + floor
-        hidden = jax.nn.silu(tokens @ gate) * (tokens @ up)
-        return (tokens.T * share) @ tokens, (hidden.T * share) @ hidden
-
-    expert_input, expert_hidden = lax.map(one_expert, (experts["gate"], experts["up"], weight.T))
+    y, _, taps = run_layer(spec, own, x, Context(jnp.arange(x.shape[1])[None], None), None, eps)
 
     def gram(a):
         a = a.reshape(-1, a.shape[-1])
         return a.T @ a
 
-    batch = LayerGrams(
-        gram(seen["attention_input"]),
-        gram(seen["attention_output"]),
-        expert_input,
-        expert_hidden,
-        jnp.sum(weight > 0, axis=0, dtype=jnp.float32),
-        jnp.sum(weight, axis=0),
-        jnp.float32(tokens.shape[0]),
-    )
-    return jax.tree.map(jnp.add, grams, batch), seen["moe_input"]
+    names = {role.tap for role in weights_lib.roles(spec, width)}
+    grams = {name: gram(taps[name]) for name in sorted(names & taps.keys(), key=str)}
+    rows = taps["block_input"].reshape(-1, width)
+    if isinstance(spec.block, Routed):
+        return y, grams, Seen(rows, taps["experts"], taps["weights"])
+    size = jnp.linalg.norm(y.reshape(-1, width), axis=-1, keepdims=True)
+    return y, grams, Seen(rows, jnp.zeros((len(rows), 1), jnp.int32), 1 / jnp.maximum(size, 1e-12))
 
 
-def combine_weights(tokens: jax.Array, router: jax.Array, config: MixtralConfig) -> jax.Array:
-    """Routing weights [N, E] of tokens [N, D], zero where an expert is not routed to."""
-    weights, index = route(router_logits(tokens, router), config.num_experts_per_tok)
-    one_hot = jax.nn.one_hot(index, config.num_local_experts, dtype=jnp.float32)
-    return jnp.sum(one_hot * weights[..., None], axis=1)
+def use(experts: int, batches: Sequence[Seen]) -> tuple[np.ndarray, np.ndarray]:
+    """How many tokens each expert gets, and the sum of their weights: float64 [E] both."""
+    frequency, weight = np.zeros(experts), np.zeros(experts)
+    for seen in batches:
+        index = np.asarray(seen.experts).reshape(-1)
+        frequency += np.bincount(index, minlength=experts)
+        weight += np.bincount(index, np.asarray(seen.weights).reshape(-1), minlength=experts)
+    return frequency, weight
 
 
-@partial(jax.jit, static_argnames=("config",))
-def expert_errors(
-    config: MixtralConfig,
-    moe: Any,
-    planes: dict[str, BitPlanes],
-    tokens: jax.Array,
-) -> jax.Array:
-    """Squared change of the MoE block's output when one expert alone is served at one width.
+class _Rows(NamedTuple):
+    """Rows of some experts, expert by expert, see `_rows`."""
+
+    token: jax.Array
+    weight: jax.Array
+    first: jax.Array
+    count: jax.Array
+
+
+def _rows(seen: Seen, first: int, experts: int) -> _Rows:
+    """Which tokens the `experts` experts from `first` on have, and with which weight."""
+    index = seen.experts.reshape(-1) - first
+    groups = group_rows(index, (index >= 0) & (index < experts), experts)
+    token = groups.order // seen.experts.shape[1]
+    weight = seen.weights.reshape(-1)[groups.order]
+    room = (0, BLOCK_ROWS)
+    return _Rows(jnp.pad(token, room), jnp.pad(weight, room), groups.first, groups.rows_of)
+
+
+def _over_rows(x: jax.Array, rows: _Rows, e: jax.Array, visit: Callable, carry: Any) -> Any:
+    """Folds ``visit(rows of x, their weights, carry)`` over the rows of expert e, in blocks.
+
+    Rows that only fill the last block up have weight 0.
+    """
+
+    def block(b, carry):
+        cut = partial(lax.dynamic_slice_in_dim, slice_size=BLOCK_ROWS)
+        start = rows.first[e] + b * BLOCK_ROWS
+        inside = b * BLOCK_ROWS + jnp.arange(BLOCK_ROWS) < rows.count[e]
+        weight = jnp.where(inside, cut(rows.weight, start), 0)
+        return visit(x[cut(rows.token, start)], weight, carry)
+
+    return lax.fori_loop(0, -(-rows.count[e] // BLOCK_ROWS), block, carry)
+
+
+@partial(jax.jit, static_argnames=("activation",), donate_argnames="grams")
+def _add_expert_grams(activation: Activation, weights: Any, seen: Seen, first, grams):
+    experts = weights["gate"].shape[0]
+    rows = _rows(seen, first, experts)
+
+    def of_expert(given):
+        e, own, (of_input, of_hidden) = given
+
+        def visit(x, weight, carry):
+            _, hidden = one_expert(activation, own, x)
+            share = (weight**2)[:, None]
+            return carry[0] + (x * share).T @ x, carry[1] + (hidden * share).T @ hidden
+
+        return _over_rows(seen.x, rows, e, visit, (of_input, of_hidden))
+
+    return lax.map(of_expert, (jnp.arange(experts), weights, grams))
+
+
+@partial(jax.jit, static_argnames=("activation",))
+def _floor_grams(activation: Activation, weights: Any, x: jax.Array, layer: jax.Array, share: jax.Array):
+    def of_expert(own):
+        _, hidden = one_expert(activation, own, x)
+        return layer, share * (hidden.T @ hidden)
+
+    return lax.map(of_expert, weights)
+
+
+def expert_grams(
+    activation: Activation,
+    weights: Any,
+    batches: Sequence[Seen],
+    first: int,
+    layer: jax.Array,
+    floor: float = GRAM_FLOOR,
+) -> tuple[jax.Array, jax.Array]:
+    """Gram matrices of some experts' inputs and hidden features, from the tokens routed to them.
+
+    With w[t, e] the routing weight, they sum ``w^2 x x'`` over those tokens, since the squared
+    error of the block's output weighs each by w^2; and a little of all tokens, so that an expert
+    that calibration hardly reaches has its layer's inputs to go by (ours).
 
     Args:
-      config: for the routing.
-      moe: the block's dense parameters, `router` and `experts`.
-      planes: `gate`, `up` and `down` with a table for each width.
-      tokens: the block's inputs [N, D].
+      activation: of the experts.
+      weights: dense, of B experts, by name.
+      batches: of the layer.
+      first: the index of the first of those experts.
+      layer: float32 [D, D], the sum of x x' over all tokens.
+      floor: the weight w^2 of all tokens. The hidden features of `FLOOR_TOKENS` tokens stand for
+        those of all, since all tokens through all experts would be many times the work.
 
     Returns:
-      float32 [E, widths]: ``sum_t (w_te ||f_e(x_t) - f_e,k(x_t)||)^2``, to be added over batches;
+      float32 [B, D, D] and [B, F, F].
+    """
+    experts, width, hidden = weights["gate"].shape
+    if floor:
+        tokens = sum(len(seen.x) for seen in batches)
+        each = max(1, FLOOR_TOKENS // len(batches))
+        some = [seen.x[:: max(1, len(seen.x) // each)][:each] for seen in batches]
+        x = jnp.concatenate([jnp.asarray(part) for part in some])
+        grams = _floor_grams(activation, weights, x, floor * layer, floor * tokens / len(x))
+    else:
+        grams = jnp.zeros((experts, width, width)), jnp.zeros((experts, hidden, hidden))
+    for seen in batches:
+        grams = _add_expert_grams(activation, weights, seen, first, grams)
+    return grams
+
+
+@partial(jax.jit, static_argnames=("activation", "eps"))
+def expert_errors(
+    activation: Activation, weights: Any, planes: Any, seen: Seen, first, after=None, eps: float = 0.0
+) -> jax.Array:
+    """Squared change of the block's output when one expert alone is served at one width.
+
+    Args:
+      activation: of the experts.
+      weights: dense, of B experts, by name.
+      planes: their `gate`, `up` and `down` with a table for each width.
+      seen: tokens.
+      first: the index of the first of those experts.
+      after: the scale of a norm of the output, None for none.
+      eps: of that norm.
+
+    Returns:
+      float32 [B, widths]: ``sum_t (w_te ||f_e(x_t) - f_e,k(x_t)||)^2``, to be added over batches;
       the Frobenius norm of PMQ is its square root.
     """
-    weight = combine_weights(tokens, moe["router"], config)
-    widths = planes["gate"].widths
+    experts, widths = weights["gate"].shape[0], planes["gate"].widths
+    rows = _rows(seen, first, experts)
 
-    def output(gate, up, down):
-        return (jax.nn.silu(tokens @ gate) * (tokens @ up)) @ down
+    def output(own, x):
+        y = one_expert(activation, own, x)[0]
+        return y if after is None else rms_norm(y, after, eps)
 
-    def one_expert(expert):
-        dense, planes, weight = expert
-        exact = output(dense["gate"], dense["up"], dense["down"])
+    def of_expert(given):
+        e, own, planes = given
+        at = [own | {n: p.slice(k).dequantize() for n, p in planes.items()} for k in widths]
 
-        def error(k):
-            at = {name: p.slice(k).dequantize() for name, p in planes.items()}
-            change = output(at["gate"], at["up"], at["down"]) - exact
-            return jnp.sum(weight**2 * jnp.sum(change**2, axis=-1))
+        def visit(x, weight, total):
+            exact = output(own, x)
+            change = [jnp.sum((output(one, x) - exact) ** 2, axis=-1) for one in at]
+            return total + jnp.stack(change) @ weight**2
 
-        return jnp.stack([error(k) for k in widths])
+        return _over_rows(seen.x, rows, e, visit, jnp.zeros(len(widths)))
 
-    return lax.map(one_expert, (moe["experts"], planes, weight.T))
+    return lax.map(of_expert, (jnp.arange(experts), weights, planes))
 
 
 class _Moments(NamedTuple):
@@ -181,17 +254,14 @@ class _Moments(NamedTuple):
     square: Any
 
 
-@partial(jax.jit, static_argnames=("config",))
-def _lower_ranked(config: MixtralConfig, moe: Any, tokens: jax.Array):
-    """Ratios w_j / w_0 [N, K - 1] and `_Moments` of tokens [N, D]."""
-    k = config.num_experts_per_tok
-    weights, index = route(router_logits(tokens, moe["router"]), k)
-    e = moe["experts"]
-    rows = jnp.repeat(tokens, k, axis=0)
-    f = swiglu_experts(e["gate"], e["up"], e["down"], rows, index.reshape(-1))
+@partial(jax.jit, static_argnames=("spec",))
+def _lower_ranked(spec: Routed, experts: Any, seen: Seen):
+    """Ratios w_j / w_0 [N, K - 1] and `_Moments` of tokens."""
+    weights, index = seen.weights, seen.experts
+    f = apply_experts(spec, experts, seen.x, index.reshape(-1))
     f = f.reshape(*index.shape, -1)
     first, rest = f[:, :1], f[:, 1:]
-    one_hot = jax.nn.one_hot(index[:, 1:], config.num_local_experts, dtype=jnp.float32)
+    one_hot = jax.nn.one_hot(index[:, 1:], spec.experts, dtype=jnp.float32)
     share = one_hot * weights[:, 1:, None] ** 2  # [N, K - 1, E]
 
     def total(value):
@@ -208,18 +278,20 @@ def _lower_ranked(config: MixtralConfig, moe: Any, tokens: jax.Array):
     return weights[:, 1:] / weights[:, :1], moments
 
 
-def pruning_statistics(config: MixtralConfig, moe: Any, batches: Iterable) -> odp.PruningStatistics:
+def pruning_statistics(
+    spec: Routed, experts: Any, batches: Iterable[Seen]
+) -> odp.PruningStatistics:
     """`mcjax.odp`'s statistics of one layer.
 
     Args:
-      config: for the routing.
-      moe: the block's dense parameters, `router` and `experts`.
-      batches: the block's inputs [N, D].
+      spec: of the block.
+      experts: its experts' dense weights.
+      batches: of the layer.
 
     Returns:
       Thresholds and the fits that stand in for skipped experts.
     """
-    ratios, moments = zip(*(_lower_ranked(config, moe, b) for b in batches), strict=True)
+    ratios, moments = zip(*(_lower_ranked(spec, experts, b) for b in batches), strict=True)
     ratio = np.quantile(np.concatenate(ratios), odp.LEVELS, axis=0).T
     m = jax.tree.map(lambda *parts: np.sum(np.asarray(parts, np.float64), axis=0), *moments)
     m = jax.tree.map(lambda a: a + STAND_IN_FLOOR * np.sum(a, axis=0, keepdims=True), m)

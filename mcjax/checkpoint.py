@@ -1,13 +1,13 @@
 """The artifact: one Orbax checkpoint a layer, from which any allocation reads only its own bytes.
 
-    OUT/manifest.json      format version, configuration, provenance, statistics, checksums
+    OUT/manifest.json      format version, config.json, provenance, statistics, checksums
     OUT/tokenizer.json
     OUT/rest/              Orbax: embedding, norm, head
-    OUT/layers/3/          Orbax: norms, router, attention and experts of layer 3
+    OUT/layers/3/          Orbax: every weight of layer 3, by its role's dotted name
 
-A weight's planes and tables are leaves of their own, `moe.experts.gate.plane_0` or `.table_2`,
-chunked by expert; TensorStore underneath then reads single chunks. Every chunk that is read is
-checked against a CRC-32 in the manifest, and the manifest against its own.
+A weight's planes and tables are leaves of their own, `block.experts.gate.plane_0` or `.table_2`,
+those of experts chunked by expert; TensorStore underneath then reads single chunks. Every chunk
+that is read is checked against a CRC-32 in the manifest, and the manifest against its own.
 """
 
 from __future__ import annotations
@@ -15,25 +15,32 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import time
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from mcjax.bitplane import BitPlanes, MixedPlanes, draft_widths
+from mcjax.bitplane import BitPlanes, MixedPlanes, draft_widths, empty, places
 from mcjax.hub import read_json
+from mcjax.models import weights
+from mcjax.models.decoder import Decoder, Routed
+from mcjax.models.families import describe
+from mcjax.models.weights import Role, layer_name, segment_name
 from mcjax.odp import PruningStatistics
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MANIFEST = "manifest.json"
-INTERCEPT = "moe.intercept"
-EXPERT_WEIGHTS = ("gate", "up", "down")
-ATTENTION_WEIGHTS = ("qkv", "o")
+INTERCEPT = ("block", "intercept")
+BY_EXPERT = tuple(f"block.experts.{name}." for name in ("gate", "up", "down"))
+"""How the names of leaves begin that are chunked along their first axis, experts."""
 
 
 def save_tree(directory: Path, tree: Mapping[str, Any], chunked: Iterable[str]) -> dict[str, list]:
@@ -139,7 +146,7 @@ class ArtifactReader:
     Attributes:
       manifest: the verified manifest.
       bytes_read: uncompressed bytes of all chunks read so far.
-      expert_bytes_read: those of them that are expert weights and their tables.
+      expert_bytes_read: those of them that are weights, with their tables, that budgets are about.
     """
 
     def __init__(self, directory: str | Path, kind: str | None = None):
@@ -148,6 +155,21 @@ class ArtifactReader:
         self.bytes_read = 0
         self.expert_bytes_read = 0
         self._open: dict[tuple[str, str], Any] = {}
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        """The model that a model's artifact holds."""
+        return describe(self.manifest["config"])[1]
+
+    @cached_property
+    def _shared_out(self) -> tuple[str, ...]:
+        if self.manifest.get("kind", "model") != "model":
+            return BY_EXPERT
+        return tuple(
+            f"{role.name}."
+            for layer in set(self.decoder.layers)
+            for role in weights.budgeted(self.decoder, layer)
+        )
 
     def read(self, requests: Iterable[tuple[str, str, int | None]]) -> list[np.ndarray]:
         """Reads chunks, all at once.
@@ -176,11 +198,26 @@ class ArtifactReader:
                     f"{self.directory} is damaged: {checkpoint}/{where} does not match its checksum"
                 )
             self.bytes_read += value.nbytes
-            if leaf.startswith("moe.experts."):
+            if leaf.startswith(self._shared_out):
                 self.expert_bytes_read += value.nbytes
         return values
 
+    def dtype(self, checkpoint: str, leaf: str) -> Any:
+        """The type of a leaf.
+
+        Raises:
+          ValueError: if it is missing or unreadable.
+        """
+        try:
+            return self._store(checkpoint, leaf).result().dtype.numpy_dtype
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{self.directory} is damaged: {_first_line(error)}") from None
+
     def _start(self, checkpoint: str, leaf: str, row: int | None):
+        store = self._store(checkpoint, leaf).result()
+        return (store if row is None else store[row]).read()
+
+    def _store(self, checkpoint: str, leaf: str):
         import tensorstore as ts
 
         if leaf not in self.manifest["checksums"].get(checkpoint, {}):
@@ -193,8 +230,7 @@ class ArtifactReader:
                 "kvstore": {"driver": "ocdbt", "base": f"file://{base}/", "path": f"{leaf}/"},
             }
             self._open[key] = ts.open(spec, open=True, read=True, context=self._context)
-        store = self._open[key].result()
-        return (store if row is None else store[row]).read()
+        return self._open[key]
 
     @property
     def _context(self):
@@ -213,97 +249,264 @@ def verify(reader: ArtifactReader) -> int:
     """
     for checkpoint, leaves in reader.manifest["checksums"].items():
         for leaf, sums in leaves.items():
-            split = leaf.startswith("moe.experts.")
+            split = leaf.startswith(BY_EXPERT)
             reader.read((checkpoint, leaf, row if split else None) for row in range(len(sums)))
     return reader.bytes_read
 
 
 def read_rest(reader: ArtifactReader) -> dict[str, Any]:
     """Parameters outside the layers."""
-    return _read_dense(reader, "rest", list(reader.manifest["checksums"]["rest"]))
+    names = list(reader.manifest["checksums"]["rest"])
+    values = reader.read(("rest", name, None) for name in names)
+    return unflatten({n: jnp.asarray(v) for n, v in zip(names, values, strict=True)})
 
 
-def read_layer(
-    reader: ArtifactReader,
-    i: int,
-    allocation: tuple[int, ...],
-    attention_bits: int,
-    loaded: Mapping[str, Any] | None = None,
+class _Room:
+    """Arrays to be filled as chunks are read: requests, and where each answer goes.
+
+    Arrays begin where a device that shares the host's memory can take them over without a copy.
+    """
+
+    def __init__(self, reader: ArtifactReader):
+        self.reader = reader
+        self.pending: list[tuple[tuple[str, str, int | None], np.ndarray]] = []
+
+    def empty(self, shape: Sequence[int], dtype: Any) -> np.ndarray:
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        raw = np.empty(size + 64, np.uint8)
+        start = -raw.ctypes.data % 64
+        return raw[start : start + size].view(dtype).reshape(shape)
+
+    def fill(self, layer: int, leaf: str, row: int | None, place: np.ndarray) -> None:
+        """Asks for a chunk of layer `layer`, to be put into `place`."""
+        self.pending.append(((f"layers/{layer}", leaf, row), place))
+
+    def read(self) -> None:
+        """Reads what was asked for."""
+        asked, self.pending = self.pending, []
+        values = self.reader.read(request for request, _ in asked)
+        for (_, place), value in zip(asked, values, strict=True):
+            place[...] = value
+
+
+def read_layers(
+    reader: ArtifactReader, allocation: Sequence[Sequence[int]], other_bits: int
 ) -> dict[str, Any]:
-    """Parameters of one layer at the given widths.
+    """Parameters of all layers, stacked as a `LanguageModel` has them.
 
     Args:
       reader: of the artifact.
-      i: the layer.
-      allocation: width of each expert.
-      attention_bits: width of the attention's weights.
-      loaded: the same layer at other widths; whatever it already holds is not read again.
+      allocation: width of each expert, [layers that a budget is about][experts].
+      other_bits: width of the other products' weights.
+    """
+    decoder, room = reader.decoder, _Room(reader)
+    group_size = reader.manifest["group_size"]
+    numbers = weights.budgeted_layers(decoder)
+    params: dict[str, Any] = {}
+    by_layer: dict[int, list[Callable]] = {i: [] for i in range(len(decoder.layers))}
+    for s, segment in enumerate(decoder.segments):
+        for member, layer in enumerate(segment.period):
+            mine = [i for i, p in enumerate(decoder.places) if p[:2] == (s, member)]
+            paths = {role.path for role in weights.budgeted(decoder, layer)}
+            for role in weights.roles(layer, decoder.width):
+                if role.path in paths:
+                    widths = np.array([allocation[numbers.index(i)] for i in mine])
+                    widths = widths if role.routed else widths[:, 0]
+                    made, fills = _mixed(room, role, mine, widths, group_size)
+                elif role.tap is not None:
+                    made, fills = _uniform(room, role, mine, other_bits, group_size)
+                else:
+                    made, fills = _plain(room, role, mine)
+                weights.put(params, (segment_name(s), layer_name(member), *role.path), made)
+                for i, fill in zip(mine, fills, strict=True):
+                    by_layer[i].append(fill)
+    for fills in by_layer.values():  # by layers, which bounds what is read at once
+        for fill in fills:
+            fill()
+        room.read()
+    return jax.tree.map(jnp.asarray, params)
+
+
+def _plain(room: _Room, role: Role, layers: list[int]):
+    """An array [R, ...] of the stored type, and what fills each layer's part."""
+    probe = room.reader.dtype(f"layers/{layers[0]}", role.name)
+    made = room.empty((len(layers), *role.shape), probe)
+    return made, [
+        partial(room.fill, i, role.name, None, made[r]) for r, i in enumerate(layers)
+    ]
+
+
+def _uniform(room: _Room, role: Role, layers: list[int], bits: int, group_size: int | None):
+    """`BitPlanes` [R, ...] of one width, and what fills each layer's part."""
+    made = _empty_planes(room, (len(layers), *role.shape), (bits,), group_size)
+
+    def fill(r, i):
+        for p in range(bits):
+            room.fill(i, f"{role.name}.plane_{p}", None, made.planes[r, ..., p, :, :, :])
+        room.fill(i, f"{role.name}.table_{bits}", None, made.tables[0][r])
+
+    return made, [partial(fill, r, i) for r, i in enumerate(layers)]
+
+
+def _mixed(room: _Room, role: Role, layers: list[int], widths: np.ndarray, group_size: int | None):
+    """`MixedPlanes` [R, ...] of the widths int [R, ...], and what fills each layer's part."""
+    stack, slot = places(widths)
+    shape = role.shape[-2:]
+    stacks = [
+        _empty_planes(room, (int((widths == k).sum()), *shape), (int(k),), group_size)
+        for k in np.unique(widths)
+    ]
+
+    def fill(r, i):
+        for row in np.ndindex(*widths.shape[1:]):
+            own, place = stacks[stack[r, *row]], slot[r, *row]
+            e = row[0] if row else None
+            for p in range(own.bits):
+                room.fill(i, f"{role.name}.plane_{p}", e, own.planes[place, p])
+            room.fill(i, f"{role.name}.table_{own.bits}", e, own.tables[0][place])
+
+    made = MixedPlanes(stacks=tuple(stacks), stack=stack, slot=slot)
+    return made, [partial(fill, r, i) for r, i in enumerate(layers)]
+
+
+def _empty_planes(room: _Room, shape, widths, group_size) -> BitPlanes:
+    like = jax.eval_shape(partial(empty, shape, widths, group_size))
+    return jax.tree.map(lambda a: room.empty(a.shape, a.dtype), like)
+
+
+def refine_layers(
+    reader: ArtifactReader, params: Any, allocation: Sequence[Sequence[int]]
+) -> dict[str, Any]:
+    """The same parameters at other widths; planes that are held stay on their device.
+
+    Args:
+      reader: of the artifact.
+      params: as `read_layers` gives them.
+      allocation: as there.
 
     Returns:
-      Nested dicts for `mcjax.models.mixtral.Layer`, experts as `MixedPlanes`.
+      New parameters; no array of the given ones changes.
     """
-    checkpoint = f"layers/{i}"
-    names = list(reader.manifest["checksums"][checkpoint])
-    geometry = reader.manifest["geometry"]
-    if loaded is None:
-        dense = [n for n in names if ".plane_" not in n and ".table_" not in n and n != INTERCEPT]
-        params = _read_dense(reader, checkpoint, dense)
-        params["attention"] = {}
-        for name in ATTENTION_WEIGHTS:
-            leaf = f"attention.{name}"
-            params["attention"][name] = read_planes(
-                reader, checkpoint, leaf, (attention_bits,), **geometry[leaf]
-            )
-    else:
-        params = {**loaded, "moe": {**loaded["moe"]}}
-    held = None if loaded is None else loaded["moe"]["experts"]
-    params["moe"] = {
-        **params["moe"],
-        "experts": {
-            name: _read_experts(
-                reader,
-                checkpoint,
-                f"moe.experts.{name}",
-                allocation,
-                geometry,
-                None if held is None else held[name],
-            )
-            for name in EXPERT_WEIGHTS
-        },
-    }
+    decoder = reader.decoder
+    numbers = weights.budgeted_layers(decoder)
+    params = jax.tree.map(lambda a: a, params)
+    for s, segment in enumerate(decoder.segments):
+        for member, layer in enumerate(segment.period):
+            mine = [i for i, p in enumerate(decoder.places) if p[:2] == (s, member)]
+            for role in weights.budgeted(decoder, layer):
+                widths = np.array([allocation[numbers.index(i)] for i in mine])
+                widths = widths if role.routed else widths[:, 0]
+                path = (segment_name(s), layer_name(member), *role.path)
+                held = weights.get(params, path)
+                weights.put(params, path, _refined(reader, role, mine, held, widths))
     return params
 
 
-def read_draft_tables(
-    reader: ArtifactReader, i: int, experts: Mapping[str, MixedPlanes], draft: int
-) -> dict[str, MixedPlanes]:
-    """Experts of one layer that can be cut to `draft` bits as well.
+def _refined(reader, role: Role, layers: list[int], held: MixedPlanes, widths) -> MixedPlanes:
+    before, (stack, slot) = held.allocation, places(widths)
+    old = np.asarray(held.stack), np.asarray(held.slot)
+    stacks = []
+    for s, k in enumerate(np.unique(widths).tolist()):
+        mine = stack == s
+        rows = np.argwhere(mine)
+        planes: Any = jnp.zeros((len(rows), k, *held.stacks[0].planes.shape[-3:]), jnp.uint32)
+        table: Any = None
+        for t, source in enumerate(held.stacks):
+            both = mine & (old[0] == t)
+            if not both.any():
+                continue
+            common = min(k, source.bits)
+            planes = _move(planes, source.planes, slot[both], old[1][both], common)
+            if source.bits == k:
+                table = jnp.zeros((len(rows), *source.tables[0].shape[1:]), jnp.uint8)
+                table = _move(table, source.tables[0], slot[both], old[1][both], table.shape[1])
+        requests, targets = [], []
+        for row in map(tuple, rows):
+            i, e = layers[row[0]], row[1] if len(row) > 1 else None
+            missing: list[Any] = list(range(before[row], k))
+            for p in missing:
+                requests.append((f"layers/{i}", f"{role.name}.plane_{p}", e))
+                targets.append((slot[row], p))
+            if before[row] != k:
+                requests.append((f"layers/{i}", f"{role.name}.table_{k}", e))
+                targets.append((slot[row], None))
+        new = list(zip(targets, reader.read(requests), strict=True))
+        some = [(at, value) for at, value in new if at[1] is not None]
+        if some:
+            places_, values = zip(*some, strict=True)
+            planes = _put(planes, np.array(places_).T, np.stack(values))
+        tables = [(at[0], value) for at, value in new if at[1] is None]
+        if tables:
+            places_, values = zip(*tables, strict=True)
+            if table is None:
+                table = jnp.zeros((len(rows), *values[0].shape), jnp.uint8)
+            table = _put(table, np.array(places_)[None], np.stack(values))
+        stacks.append(replace(held.stacks[0], planes=planes, tables=(table,), widths=(k,)))
+    return MixedPlanes(stacks=tuple(stacks), stack=jnp.asarray(stack), slot=jnp.asarray(slot))
+
+
+@partial(jax.jit, static_argnames="count", donate_argnames="into")
+def _move(into, source, to, origin, count):
+    return into.at[to, :count].set(source[origin, :count])
+
+
+@partial(jax.jit, donate_argnames="into")
+def _put(into, at, values):
+    return into.at[tuple(at)].set(values)
+
+
+def read_draft_tables(reader: ArtifactReader, params: Any, draft: int) -> dict[str, Any]:
+    """Parameters whose experts are read at `draft` bits at most.
 
     Args:
       reader: of the artifact.
-      i: the layer.
-      experts: its weights as `read_layer` gives them, by name.
+      params: as `read_layers` gives them.
       draft: the width whose tables are read, for experts that are wider.
 
     Returns:
-      The same planes, not copies of them, and beside each wider expert's table that of `draft`.
+      The same arrays, not copies of them, and beside each wider stack's table that of `draft`.
     """
-    result = {}
-    for name, held in experts.items():
-        leaf = f"moe.experts.{name}.table_{draft}"
-        stacks = []
-        for stack in held.stacks:
-            if stack.bits > draft:
-                mine = [e for e, k in enumerate(held.allocation) if k == stack.bits]
-                table = np.stack(reader.read((f"layers/{i}", leaf, e) for e in mine))
-                stack = replace(
-                    stack,
-                    tables=(jax.numpy.asarray(table), stack.tables[-1]),
-                    widths=draft_widths(stack.bits, draft),
-                )
-            stacks.append(stack)
-        result[name] = MixedPlanes(stacks=tuple(stacks), allocation=held.allocation)
-    return result
+    decoder = reader.decoder
+    params = jax.tree.map(lambda a: a, params)
+    for s, segment in enumerate(decoder.segments):
+        for member, layer in enumerate(segment.period):
+            mine = [i for i, p in enumerate(decoder.places) if p[:2] == (s, member)]
+            for role in weights.budgeted(decoder, layer):
+                path = (segment_name(s), layer_name(member), *role.path)
+                held = weights.get(params, path)
+                stacks, leaf = [], f"{role.name}.table_{draft}"
+                for t, stack in enumerate(held.stacks):
+                    if stack.bits > draft:
+                        rows = np.argwhere(np.asarray(held.stack) == t)
+                        values = reader.read(
+                            (f"layers/{mine[row[0]]}", leaf, row[1] if len(row) > 1 else None)
+                            for row in map(tuple, rows)
+                        )
+                        tables = jnp.asarray(np.stack(values)), stack.tables[-1]
+                        stack = replace(
+                            stack, tables=tables, widths=draft_widths(stack.bits, draft)
+                        )
+                    stacks.append(stack)
+                weights.put(params, path, replace(held, stacks=tuple(stacks), most=draft))
+    return params
+
+
+def read_every_width(reader: ArtifactReader, i: int) -> dict[str, BitPlanes]:
+    """The weights of layer i that a budget is about, by name, with the tables of all widths."""
+    decoder = reader.decoder
+    room, bits = _Room(reader), tuple(reader.manifest["statistics"]["bits"])
+    made = {}
+    for role in weights.budgeted(decoder, decoder.layers[i]):
+        planes = _empty_planes(room, role.shape, bits, reader.manifest["group_size"])
+        for row in range(role.shape[0]) if role.routed else (None,):
+            own = slice(None) if row is None else row
+            for p in range(bits[-1]):
+                room.fill(i, f"{role.name}.plane_{p}", row, planes.planes[own][..., p, :, :, :])
+            for k, table in zip(bits, planes.tables, strict=True):
+                room.fill(i, f"{role.name}.table_{k}", row, table[own])
+        made[role.path[-1]] = planes
+    room.read()
+    return jax.tree.map(jnp.asarray, made)
 
 
 def read_planes(
@@ -319,8 +522,8 @@ def read_planes(
     parts += [f"{leaf}.table_{k}" for k in widths]
     values = reader.read((checkpoint, part, None) for part in parts)
     return BitPlanes(
-        planes=jax.numpy.asarray(np.stack(values[: widths[-1]], axis=-4)),
-        tables=tuple(jax.numpy.asarray(table) for table in values[widths[-1] :]),
+        planes=jnp.asarray(np.stack(values[: widths[-1]], axis=-4)),
+        tables=tuple(jnp.asarray(table) for table in values[widths[-1] :]),
         widths=widths,
         d_in=d_in,
         group_size=group_size,
@@ -328,59 +531,15 @@ def read_planes(
 
 
 def read_pruning(reader: ArtifactReader) -> list[PruningStatistics]:
-    """What `mcjax.odp` needs of every layer."""
-    kept = reader.manifest["statistics"]
-    layers = range(len(kept["ratio"]))
-    intercepts = reader.read((f"layers/{i}", INTERCEPT, None) for i in layers)
+    """What `mcjax.odp` needs of every layer of routed experts."""
+    kept, layers = reader.manifest["statistics"], reader.decoder.layers
+    routed = [i for i, layer in enumerate(layers) if isinstance(layer.block, Routed)]
+    leaf = ".".join(INTERCEPT)
+    intercepts = reader.read((f"layers/{i}", leaf, None) for i in routed)
     return [
         PruningStatistics(np.array(ratio), np.array(slope), intercept)
         for ratio, slope, intercept in zip(kept["ratio"], kept["slope"], intercepts, strict=True)
     ]
-
-
-def _read_experts(reader, checkpoint, leaf, allocation, geometry, held) -> MixedPlanes:
-    kept: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-    if held is not None:
-        for expert, (stack, slot) in enumerate(held.location):
-            source = held.stacks[stack]
-            kept[expert] = np.asarray(source.planes[slot]), np.asarray(source.tables[0][slot])
-    requests: list[tuple[str, str, int | None]] = []
-    places: list[tuple[int, Any]] = []
-    experts: list[dict[Any, Any]] = [{} for _ in allocation]
-    for expert, width in enumerate(allocation):
-        planes, table = kept.get(expert, ((), None))
-        for p in range(width):
-            if p < len(planes):
-                experts[expert][p] = planes[p]
-            else:
-                requests.append((checkpoint, f"{leaf}.plane_{p}", expert))
-                places.append((expert, p))
-        if len(planes) == width:
-            experts[expert]["table"] = table
-        else:
-            requests.append((checkpoint, f"{leaf}.table_{width}", expert))
-            places.append((expert, "table"))
-    for (expert, part), value in zip(places, reader.read(requests), strict=True):
-        experts[expert][part] = value
-    stacks = []
-    for width in sorted(set(allocation)):
-        mine = [e for e, k in zip(experts, allocation, strict=True) if k == width]
-        stacks.append(
-            BitPlanes(
-                planes=jax.numpy.asarray(
-                    np.stack([np.stack([e[p] for p in range(width)]) for e in mine])
-                ),
-                tables=(jax.numpy.asarray(np.stack([e["table"] for e in mine])),),
-                widths=(width,),
-                **geometry[leaf],
-            )
-        )
-    return MixedPlanes(stacks=tuple(stacks), allocation=tuple(allocation))
-
-
-def _read_dense(reader: ArtifactReader, checkpoint: str, names: list[str]) -> dict[str, Any]:
-    values = reader.read((checkpoint, name, None) for name in names)
-    return unflatten({n: jax.numpy.asarray(v) for n, v in zip(names, values, strict=True)})
 
 
 def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:

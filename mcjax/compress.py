@@ -19,10 +19,11 @@ import numpy as np
 from mcjax import checkpoint, text
 from mcjax.atomic import whole
 from mcjax.bitplane import BitPlanes, resolve_group_size
-from mcjax.calibrate import accumulate, empty_grams, expert_errors, pruning_statistics
-from mcjax.convert import HuggingFaceFolder
-from mcjax.hub import read_json
-from mcjax.models.mixtral import layer as layer_module
+from mcjax.calibrate import Seen, expert_errors, expert_grams, observe, pruning_statistics, use
+from mcjax.hub import Folder, read_json
+from mcjax.models import weights
+from mcjax.models.decoder import Decoder, Routed
+from mcjax.models.language_model import embed
 from mcjax.notes import note
 from mcjax.quantize import quantize
 
@@ -43,8 +44,11 @@ RARE_SHARE = 0.1
 EFFORTS = {"fast": 1, "normal": 6, "thorough": 15}
 """Rounds of descent after the GPTQ pass, see `mcjax.quantize`."""
 
-GRAM_FLOOR = 1e-3
-"""Weight of every calibration token in every expert's Gram matrix, see `LayerGrams`."""
+GRAM_BYTES = 1 << 29
+"""What the Gram matrices of experts may take at once: they are made and used by blocks of experts.
+One expert's are made whatever they take."""
+
+EXPERT_WEIGHTS = ("gate", "up", "down")
 
 
 def compress(
@@ -63,7 +67,7 @@ def compress(
     batch_tokens: int = 4096,
     progress: Callable[..., Any] = lambda items, **_: items,
 ) -> dict[str, Any]:
-    """Compresses a Mixtral into one artifact that serves every width up to `max_bits`.
+    """Compresses a language model into one artifact that serves every width up to `max_bits`.
 
     The layers run once over the calibration windows with their own weights; each is quantised on
     the inputs it sees there and saved before the next is read, so memory holds one layer. The
@@ -102,25 +106,27 @@ def compress(
         raise ValueError(f"--max-bits must be 1 to 8, got {max_bits}")
     if effort not in EFFORTS:
         raise ValueError(f"--effort must be one of {', '.join(EFFORTS)}, got {effort!r}")
-    folder = HuggingFaceFolder(model)
-    config = folder.config
-    for d_in in {config.hidden_size, config.intermediate_size, _o_features(config)}:
-        resolve_group_size(d_in, group_size)
-    if seq_len > config.max_position_embeddings:
+    folder = Folder(model)
+    decoder = folder.decoder
+    for layer in set(decoder.layers):
+        for role in weights.roles(layer, decoder.width):
+            if role.tap is not None:
+                resolve_group_size(role.shape[-2], group_size)
+    if seq_len > decoder.max_position_embeddings:
         note(
-            f"calibrating on windows of {config.max_position_embeddings} tokens, all the positions "
-            f"that the model has, not of {seq_len}"
+            f"calibrating on windows of {decoder.max_position_embeddings} tokens, all the "
+            f"positions that the model has, not of {seq_len}"
         )
-        seq_len = config.max_position_embeddings
-    tokens = text.encode_file(folder.tokenizer_path, calibration, config.vocab_size)
-    begin = text.beginning(folder.tokenizer_path, config.vocab_size, bos)
+        seq_len = decoder.max_position_embeddings
+    tokens = text.encode_file(folder.tokenizer_path, calibration, decoder.vocab_size)
+    begin = text.beginning(folder.tokenizer_path, decoder.vocab_size, bos)
     windows = text.windows(tokens, seq_len, "calibration text", begin)
     windows = text.spread(windows, samples)
 
     identity = {
         "format_version": checkpoint.FORMAT_VERSION,
         "source_sha256": folder.source_hash(),
-        "config": config.to_dict(),
+        "config": folder.values,
         "max_bits": max_bits,
         "group_size": group_size,
         "effort": effort,
@@ -133,18 +139,16 @@ def compress(
         },
     }
     if experts is not None:
-        _check_experts(experts, config, max_bits)
+        _check_experts(experts, decoder, max_bits)
         leaves = jax.tree.leaves(list(experts))
         identity["experts_crc32"] = [checkpoint.crc32(np.asarray(leaf)) for leaf in leaves]
     partial_out = out.parent / f".{out.name}.partial"
     _prepare(partial_out, identity, resume)
-    named = read_json(folder.path / "config.json").get("bos_token_id")
     try:
         manifest = _run(folder, windows, partial_out, identity, experts, batch_tokens, progress)
         _copy_beside(folder.path, partial_out)
-        manifest["bos_token_id"] = named
         checkpoint.write_manifest(partial_out, manifest)
-        for i in range(config.num_hidden_layers):
+        for i in range(len(decoder.layers)):
             (partial_out / f"layer_{i}.json").unlink()
         (partial_out / "identity.json").unlink()
         os.replace(partial_out, out)
@@ -173,63 +177,58 @@ def coverage(manifest: dict[str, Any]) -> list[tuple[int, int, int]]:
     return [(int(i), int(e), int(frequency[i, e])) for i, e in where]
 
 
-def _check_experts(experts, config, max_bits):
-    d, f = config.hidden_size, config.intermediate_size
-    shapes = {"gate": (d, f), "up": (d, f), "down": (f, d)}
-    if len(experts) != config.num_hidden_layers:
-        raise ValueError(f"experts of {len(experts)} layers for {config.num_hidden_layers}")
-    for layer in experts:
-        for name, shape in shapes.items():
-            expected = (config.num_local_experts, *shape), tuple(range(1, max_bits + 1))
-            if (layer[name].shape, layer[name].widths) != expected:
+def _check_experts(experts, decoder: Decoder, max_bits: int) -> None:
+    layers = weights.budgeted_layers(decoder)
+    if len(experts) != len(layers):
+        raise ValueError(f"experts of {len(experts)} layers for {len(layers)}")
+    for i, given in zip(layers, experts, strict=True):
+        for role in weights.budgeted(decoder, decoder.layers[i]):
+            name, expected = role.path[-1], (role.shape, tuple(range(1, max_bits + 1)))
+            if (given[name].shape, given[name].widths) != expected:
                 raise ValueError(
-                    f"experts' {name} has shape {layer[name].shape} and widths "
-                    f"{layer[name].widths}, want {expected[0]} and {expected[1]}"
+                    f"experts' {name} has shape {given[name].shape} and widths "
+                    f"{given[name].widths}, want {expected[0]} and {expected[1]}"
                 )
 
 
 def _run(folder, windows, directory, identity, given, batch_tokens, progress):
     """Works through the layers, skipping those already saved; returns the manifest."""
-    config = folder.config
-    rest = _narrow(folder.read_rest())
-    rest_sums = checkpoint.save_tree(directory / "rest", rest, ())
-    x = np.asarray(rest["embedding"], np.float32)[windows]
+    decoder = folder.decoder
+    outside = folder.read_rest()
+    rest_sums = checkpoint.save_tree(directory / "rest", _narrow(outside), ())
+    x = np.array(embed(decoder, outside, windows, jnp.float32))
+    del outside
     batch = max(1, min(len(windows), batch_tokens // windows.shape[1]))
-    starts = range(0, len(windows), batch)
-    layer, records = layer_module(config, None, 0), []  # all layers are alike: one compilation
-    for i in progress(range(config.num_hidden_layers), description="layers"):
-        stored = folder.read_layer(i)
-        params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), stored)
+    places = weights.budgeted_layers(decoder)
+    records = []
+    for i in progress(range(len(decoder.layers)), description="layers"):
+        stored: dict[str, Any] = {}
+        for name, value in folder.read_layer(i):
+            weights.put(stored, tuple(name.split(".")), value)
+        own = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), stored)
         done = directory / f"layer_{i}.json"
+        x, grams, seen = _observe(decoder, i, own, x, batch, not done.exists())
         if not done.exists():
             shutil.rmtree(directory / "layers" / str(i), ignore_errors=True)
-            experts = None if given is None else given[i]
-            record, tree = _quantize_layer(layer, params, x, starts, batch, identity, experts)
-            kept = {name: _narrow(stored[name]) for name in ("attention_norm", "moe_norm")}
-            tree = {
-                **kept,
-                **tree,
-                "moe": {**tree["moe"], "router": _narrow(stored["moe"]["router"])},
-            }
+            experts = given[places.index(i)] if given is not None and i in places else None
+            record, planes = _quantize_layer(decoder, i, own, grams, seen, identity, experts)
+            tree = _narrow(stored)
+            for path, value in planes.items():
+                weights.put(tree, path, value)
             (directory / "layers").mkdir(exist_ok=True)
             record["checksums"] = checkpoint.save_tree(
-                directory / "layers" / str(i), tree, ["moe.experts."]
+                directory / "layers" / str(i), tree, checkpoint.BY_EXPERT
             )
             _write_json(done, record)
         records.append(read_json(done))
-        if i + 1 < config.num_hidden_layers:
-            x = np.concatenate([_forward(layer, params, x[s : s + batch]) for s in starts])
+    names = ("frequency", "routing_weight", "error", "ratio", "slope")
     return {
         **identity,
         "statistics": {
-            "bits": records[0]["bits"],
-            **{
-                name: [record[name] for record in records]
-                for name in ("frequency", "routing_weight", "error", "ratio", "slope")
-            },
-            "tokens": records[0]["tokens"],
+            "bits": list(range(1, identity["max_bits"] + 1)),
+            **{name: [r[name] for r in records if name in r] for name in names},
+            "tokens": windows.size,
         },
-        "geometry": records[0]["geometry"],
         "checksums": {
             "rest": rest_sums,
             **{f"layers/{i}": record["checksums"] for i, record in enumerate(records)},
@@ -237,61 +236,93 @@ def _run(folder, windows, directory, identity, given, batch_tokens, progress):
     }
 
 
-def _quantize_layer(layer, params, x, starts, batch, identity, experts):
-    """Calibrates, quantises and measures one layer: what the manifest needs, and its planes."""
-    config = layer.config
-    grams, moe_inputs = empty_grams(config), []
-    for s in starts:
-        grams, seen = accumulate(layer, params, x[s : s + batch], grams, GRAM_FLOOR)
-        moe_inputs.append(seen.reshape(-1, config.hidden_size))
+def _observe(decoder: Decoder, i: int, own: Any, x: np.ndarray, batch: int, wanted: bool):
+    """A layer's output for all windows, and sums and what its experts see if they are `wanted`."""
+    y, grams, batches = np.empty_like(x), None, []
+    run = partial(observe, decoder.layers[i], decoder.width, decoder.norm_eps, own)
+    for start in range(0, len(x), batch):
+        some = slice(start, start + batch)
+        new, of_batch, seen = run(x[some])
+        y[some] = new
+        if wanted:
+            grams = of_batch if grams is None else jax.tree.map(jnp.add, grams, of_batch)
+            batches.append(Seen(*map(np.asarray, seen)))
+    return y, grams, batches
+
+
+def _quantize_layer(decoder: Decoder, i: int, own: Any, grams, seen, identity, experts):
+    """Quantises and measures one layer: what the manifest needs, and planes by path."""
+    layer = decoder.layers[i]
     group_size, max_bits = identity["group_size"], identity["max_bits"]
     sweeps = EFFORTS[identity["effort"]]
-    attention = {
-        name: quantize(
-            params["attention"][name],
-            ATTENTION_WIDTHS[-1],
-            group_size,
-            grams.attention_output if name == "o" else grams.attention_input,
-            widths=ATTENTION_WIDTHS,
-            weights=(1.0, 1.0),
-            sweeps=sweeps,
-        )
-        for name in checkpoint.ATTENTION_WEIGHTS
-    }
-    if experts is None:
-        experts = {
-            name: quantize(
-                params["moe"]["experts"][name],
-                max_bits,
+    planes: dict[tuple[str, ...], Any] = {}
+    shared_out = weights.budgeted(decoder, layer)
+    paths = {role.path for role in shared_out}
+    for role in weights.roles(layer, decoder.width):
+        if role.tap is not None and role.path not in paths:
+            planes[role.path] = quantize(
+                weights.get(own, role.path),
+                ATTENTION_WIDTHS[-1],
                 group_size,
-                grams.expert_hidden if name == "down" else grams.expert_input,
+                grams[role.tap],
+                widths=ATTENTION_WIDTHS,
+                weights=(1.0,) * len(ATTENTION_WIDTHS),
                 sweeps=sweeps,
             )
-            for name in checkpoint.EXPERT_WEIGHTS
-        }
-    error = sum(expert_errors(config, params["moe"], experts, seen) for seen in moe_inputs)
-    pruning = pruning_statistics(config, params["moe"], moe_inputs)
-    planes = {
-        **{f"attention.{name}": p for name, p in attention.items()},
-        **{f"moe.experts.{name}": p for name, p in experts.items()},
-    }
+    if not shared_out:
+        return {}, planes
+    path = shared_out[0].path[:-1]
+    routed = isinstance(layer.block, Routed)
+    dense = weights.get(own, path)
+    dense = {n: w for n, w in dense.items() if n.split("_")[0] in EXPERT_WEIGHTS}
+    if not routed:  # the one expert of its layer
+        dense = jax.tree.map(lambda w: w[None], dense)
+        experts = None if experts is None else jax.tree.map(lambda a: a[None], experts)
+    activation, count = layer.block.activation, dense["gate"].shape[0]
+    after = own.get("block_after")
+
+    parts, errors = [], []
+    size = 4 * sum(n * n for n in dense["gate"].shape[1:])
+    step = max(1, min(count, GRAM_BYTES // size))
+    for first in range(0, count, step):
+        some = slice(first, first + step)
+        mine = jax.tree.map(lambda w, s=some: w[s], dense)
+        if experts is not None:
+            made = jax.tree.map(lambda a, s=some: a[s], experts)
+        else:
+            into, hidden = expert_grams(activation, mine, seen, first, grams["block_input"])
+            made = {
+                name: quantize(
+                    mine[name],
+                    max_bits,
+                    group_size,
+                    hidden if name == "down" else into,
+                    sweeps=sweeps,
+                )
+                for name in EXPERT_WEIGHTS
+            }
+        of_batch = (
+            expert_errors(activation, mine, made, batch, first, after, decoder.norm_eps)
+            for batch in seen
+        )
+        errors.append(np.asarray(sum(of_batch)))
+        parts.append(jax.device_get(made))
+    whole_layer = jax.tree.map(lambda *a: np.concatenate(a), *parts)
+    frequency, weight = use(count, seen)
     record = {
-        "bits": list(experts["gate"].widths),
-        "frequency": np.asarray(grams.frequency).tolist(),
-        "routing_weight": np.asarray(grams.routing_weight).tolist(),
-        "error": np.sqrt(np.asarray(error)).tolist(),
-        "ratio": pruning.ratio.tolist(),
-        "slope": pruning.slope.tolist(),
-        "tokens": int(grams.tokens),
-        "geometry": {name: _geometry(p) for name, p in planes.items()},
+        "frequency": frequency.tolist(),
+        "routing_weight": weight.tolist(),
+        "error": np.sqrt(np.concatenate(errors)).tolist(),
     }
-    intercept = pruning.intercept.astype(ml_dtypes.bfloat16)
-    return record, {"attention": attention, "moe": {"experts": experts, "intercept": intercept}}
-
-
-@partial(jax.jit, static_argnames="layer")
-def _forward(layer, params, x):
-    return layer.apply({"params": params}, x, jnp.arange(x.shape[1])[None])[0]
+    for name in EXPERT_WEIGHTS:
+        made = whole_layer[name]
+        planes[(*path, name)] = made if routed else jax.tree.map(lambda a: a[0], made)
+    if routed:
+        pruning = pruning_statistics(layer.block, own["block"]["experts"], seen)
+        record |= {"ratio": pruning.ratio.tolist(), "slope": pruning.slope.tolist()}
+        intercept = pruning.intercept.astype(ml_dtypes.bfloat16)
+        planes[checkpoint.INTERCEPT] = intercept
+    return record, planes
 
 
 def _prepare(directory: Path, identity: dict[str, Any], resume: bool) -> None:
@@ -317,20 +348,12 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def _narrow(tree: Any) -> Any:
-    """Arrays at 16 bits: those that have 16 already as they are, wider ones in bfloat16."""
+    """Matrices at 16 bits, in bfloat16 unless they have 16 already; vectors as they are."""
     return jax.tree.map(
         lambda a: (
             np.asarray(a)
-            if np.dtype(a.dtype).itemsize <= 2
+            if a.ndim < 2 or np.dtype(a.dtype).itemsize <= 2
             else np.asarray(a).astype(ml_dtypes.bfloat16)
         ),
         tree,
     )
-
-
-def _geometry(planes: BitPlanes) -> dict[str, int]:
-    return {"d_in": planes.d_in, "group_size": planes.group_size}
-
-
-def _o_features(config) -> int:
-    return config.num_attention_heads * config.head_dim

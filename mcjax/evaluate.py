@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -14,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from mcjax import odp, serving, text
-from mcjax.calibrate import capture, pruning_statistics
+from mcjax.calibrate import observe, pruning_statistics
 from mcjax.checkpoint import MANIFEST
-from mcjax.convert import HuggingFaceFolder
 from mcjax.hub import Checkpoint
-from mcjax.models.config import MixtralConfig
-from mcjax.models.mixtral import Mixtral, layer
+from mcjax.models import weights
+from mcjax.models.decoder import Decoder, Routed
+from mcjax.models.language_model import embed
 
 
 def evaluate(
@@ -34,6 +33,7 @@ def evaluate(
     quantile: float = odp.QUANTILE,
     calibration: str | Path | None = None,
     act_bits: int | None = None,
+    attention_bits: int | None = None,
     bos: str = "auto",
     progress: Callable[..., Any] = lambda items, **_: items,
 ) -> dict[str, Any]:
@@ -51,6 +51,7 @@ def evaluate(
       quantile: share of the lower-ranked experts that is skipped on calibration text.
       calibration: a text file, for pruning in a Hugging Face folder; artifacts carry their own.
       act_bits: rounds activations to 8 or 16 bits before products with an artifact's planes.
+      attention_bits: as in `mcjax.load`, for an artifact.
       bos: whether texts begin with the beginning-of-sequence token, see `mcjax.text.BOS`.
       progress: wraps the iteration over batches, called with (items, description=...).
 
@@ -67,23 +68,23 @@ def evaluate(
     artifact = (path / MANIFEST).is_file()
     if calibration is not None and artifact:
         raise ValueError(f"{path} carries its calibration; --calibration is for MODEL folders")
+    model = serving.load(
+        path,
+        budget,
+        bits=bits,
+        attention_bits=attention_bits,
+        act_bits=act_bits,
+        prune=prune if artifact else None,
+        quantile=quantile,
+    )
+    module, params = model.module, model.params
     if prune is not None and not artifact:
-        if not (budget is bits is act_bits is None):
-            raise ValueError(
-                f"{path} is not an artifact, so --budget, --bits and --act-bits do not apply; "
-                "make one with `mcjax compress`"
-            )
-        module, params, facts = _pruned_folder(path, calibration, seq_len, prune, quantile, bos)
-    else:
-        model = serving.load(
-            path, budget, bits=bits, act_bits=act_bits, prune=prune, quantile=quantile
-        )
-        module, params = model.module, model.params
-        facts = {
-            "average_bits": model.average_bits,
-            "effective_bits": model.effective_bits,
-            "bytes_read": model.bytes_read,
-        }
+        params = _calibrated(model, calibration, seq_len, prune, quantile, bos)
+    facts = {
+        "average_bits": model.average_bits,
+        "effective_bits": model.effective_bits,
+        "bytes_read": model.bytes_read,
+    }
     tokenizer_path, config = Checkpoint(path).tokenizer_path, module.config
     windows = _windows(tokenizer_path, text_path, config, seq_len, max_tokens, bos)
     start = time.perf_counter()
@@ -100,39 +101,37 @@ def evaluate(
     }
 
 
-def _pruned_folder(path, calibration, seq_len, prune, quantile, bos):
-    """A folder's module with pruning, its parameters, and what they are in bits and bytes."""
-    folder = HuggingFaceFolder(path)
-    config, params = folder.config, folder.read()
-    facts = _dense_facts(params)
+def _calibrated(model, calibration, seq_len, prune, quantile, bos) -> Any:
+    """A dense model's parameters with pruning, by statistics of a calibration text."""
+    path, decoder = Path(model.path), model.module.decoder
     if calibration is None:
         raise ValueError(
             f"--odp on the folder {path} needs --calibration TEXT to choose thresholds by"
         )
-    text.check_length(seq_len, config.max_position_embeddings)
-    tokens = text.encode_file(folder.tokenizer_path, calibration, config.vocab_size)
-    begin = text.beginning(folder.tokenizer_path, config.vocab_size, bos)
+    text.check_length(seq_len, decoder.max_position_embeddings)
+    tokenizer = Checkpoint(path).tokenizer_path
+    tokens = text.encode_file(tokenizer, calibration, decoder.vocab_size)
+    begin = text.beginning(tokenizer, decoder.vocab_size, bos)
     some = text.spread(text.windows(tokens, seq_len, "calibration text", begin), 128)
-    params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
-    statistics = dense_pruning_statistics(config, params, some)
-    params = serving.with_pruning(params, statistics, prune, quantile)
-    return Mixtral(config, prune=prune), params, facts
+    params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), model.params)
+    statistics = dense_pruning_statistics(decoder, params, some)
+    return serving.with_pruning(decoder, params, statistics, prune, quantile)
 
 
 def dense_pruning_statistics(
-    config: MixtralConfig, params: Any, windows: np.ndarray, batch_tokens: int = 4096
+    decoder: Decoder, params: Any, windows: np.ndarray, batch_tokens: int = 4096
 ) -> list[odp.PruningStatistics]:
-    """`mcjax.odp`'s statistics of every layer of a dense model, from windows int [N, T]."""
+    """`mcjax.odp`'s statistics of every layer of experts, from windows int [N, T]."""
     batch = max(1, min(len(windows), batch_tokens // windows.shape[1]))
-    x = [params["embedding"][windows[s : s + batch]] for s in range(0, len(windows), batch)]
+    starts = range(0, len(windows), batch)
+    x = [embed(decoder, params, windows[s : s + batch], jnp.float32) for s in starts]
     statistics = []
-    run = jax.jit(partial(capture, layer(config, None, 0)))
-    for i in range(config.num_hidden_layers):
-        own = params[f"layer_{i}"]
-        captured = [run(own, hidden) for hidden in x]
-        x = [hidden for hidden, _ in captured]
-        inputs = (seen["moe_input"].reshape(-1, config.hidden_size) for _, seen in captured)
-        statistics.append(pruning_statistics(config, own["moe"], inputs))
+    for i, layer in enumerate(decoder.layers):
+        own = weights.of_layer(decoder, params, i)
+        run = partial(observe, layer, decoder.width, decoder.norm_eps, own)
+        x, _, seen = zip(*map(run, x), strict=True)
+        if isinstance(layer.block, Routed):
+            statistics.append(pruning_statistics(layer.block, own["block"]["experts"], seen))
     return statistics
 
 
@@ -145,11 +144,3 @@ def _windows(tokenizer_path, text_path, config, seq_len, max_tokens, bos) -> np.
             raise ValueError(f"--max-tokens {max_tokens} is less than one window of {seq_len}")
         tokens = tokens[:max_tokens]
     return text.windows(tokens, seq_len, begin=begin)
-
-
-def _dense_facts(params: Any) -> dict[str, Any]:
-    experts = [v["moe"]["experts"] for k, v in params.items() if k.startswith("layer_")]
-    leaves = jax.tree.leaves(experts)
-    bits = 8 * sum(a.nbytes for a in leaves) / sum(math.prod(a.shape) for a in leaves)
-    total = sum(a.nbytes for a in jax.tree.leaves(params))
-    return {"average_bits": bits, "effective_bits": bits, "bytes_read": total}

@@ -149,11 +149,7 @@ class Folder(Checkpoint):
           dtype: of the weights, None for what they are stored in.
           progress: wraps the iteration over layers.
         """
-        tree: dict[str, Any] = {}
-        outside = {".".join(role.path): role for role in weights.rest(self.decoder)}
-        for rule in self.page.outside(self.decoder):
-            for path, value in self._apply(rule, self._outer, outside, 1, dtype):
-                weights.put(tree, tuple(path.split(".")), value)
+        tree = self.read_rest(dtype)
         places = self.decoder.places
         for i in progress(range(len(places))):
             s, member, repeat = places[i]
@@ -166,10 +162,19 @@ class Folder(Checkpoint):
                 weights.get(tree, where)[repeat] = value
         return jax.tree.map(jax.numpy.asarray, tree)
 
+    def read_rest(self, dtype: Any = None) -> dict[str, Any]:
+        """Weights outside the layers: embedding, norm and, if untied, head."""
+        tree: dict[str, Any] = {}
+        outside = {role.name: role for role in weights.rest(self.decoder)}
+        for rule in self.page.outside(self.decoder):
+            for path, value in self._apply(rule, self._outer, outside, 1, dtype):
+                weights.put(tree, tuple(path.split(".")), value)
+        return tree
+
     def read_layer(self, i: int, dtype: Any = None) -> Iterator[tuple[str, np.ndarray]]:
         """Path and value of every weight of layer i."""
         layer = self.decoder.layers[i]
-        roles = {".".join(r.path): r for r in weights.roles(layer, self.decoder.width)}
+        roles = {r.name: r for r in weights.roles(layer, self.decoder.width)}
         experts = getattr(layer.block, "experts", 1)
         for rule in self._rules(i, layer):
             yield from self._apply(rule, self._inner(i), roles, experts, dtype)

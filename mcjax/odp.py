@@ -11,7 +11,7 @@ protects it (ours).
 
 What takes a skipped expert's place is the policy:
 
-* ``"paper"``: nothing, and the remaining weights are divided by their sum.
+* ``"paper"``: nothing, and the remaining weights are scaled to the sum that all had.
 * ``"affine"`` (ours, the default): an estimate of the expert's output from that of the token's
   first expert, ``f_e(x) = intercept_e + slope_e f_first(x)``, under the expert's own weight. One
   vector and one number for each expert, fitted on calibration text. On one trained Mixtral it cost
@@ -53,17 +53,18 @@ class PruningStatistics(NamedTuple):
 
 
 def token_importance(
-    hidden: jax.Array, attention: jax.Array, length: jax.Array | None = None
+    hidden: jax.Array, attention: jax.Array | None, length: jax.Array | None = None
 ) -> jax.Array:
     """How much each token matters to those after it.
 
     ``I_j = ||t_j||_1 * sum_{i>=j} A[i, j] / (length - j)``: the token's size times the attention
     that it receives from the queries that can see it, averaged over heads. (The released code sums
-    over the other axis, which is constant; this follows the paper.)
+    over the other axis, which is constant; this follows the paper.) Where a layer mixes tokens
+    without an attention map, a token's size alone tells (ours).
 
     Args:
       hidden: [B, T, D].
-      attention: probabilities [B, H, T, T], (query, key).
+      attention: probabilities [B, H, T, T], (query, key); None if there is no such map.
       length: int [B], tokens that are not padding at the end; None for all.
 
     Returns:
@@ -73,11 +74,13 @@ def token_importance(
     position = jnp.arange(tokens)
     length = jnp.full((batch,), tokens) if length is None else length
     real = position < length[:, None]
+    size = jnp.sum(jnp.abs(hidden.astype(jnp.float32)), axis=-1)
+    if attention is None:
+        return jnp.where(real, size, -jnp.inf)
     weights = jnp.mean(attention.astype(jnp.float32), axis=1)
     received = jnp.sum(weights * real[:, :, None], axis=1) / jnp.maximum(
         length[:, None] - position, 1
     ).astype(jnp.float32)
-    size = jnp.sum(jnp.abs(hidden.astype(jnp.float32)), axis=-1)
     return jnp.where(real, size * received, -jnp.inf)
 
 
@@ -115,9 +118,10 @@ def keep_mask(
 
 
 def renormalize(weights: jax.Array, keep: jax.Array) -> jax.Array:
-    """Routing weights [..., K] of the kept experts, divided by their sum; zero elsewhere."""
+    """Routing weights [..., K] of the kept experts, scaled to the sum of all; zero elsewhere."""
     kept = jnp.where(keep, weights, 0)
-    return kept / jnp.sum(kept, axis=-1, keepdims=True)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    return kept * (total / jnp.sum(kept, axis=-1, keepdims=True))
 
 
 def thresholds(ratio: np.ndarray, quantile: float = QUANTILE) -> np.ndarray:

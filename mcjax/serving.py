@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from mcjax import checkpoint, odp, pmq
+from mcjax.bitplane import MixedPlanes
 from mcjax.hub import Folder
 from mcjax.models import weights
-from mcjax.models.config import MixtralConfig
+from mcjax.models.decoder import Decoder, Routed
 from mcjax.models.language_model import LanguageModel
-from mcjax.models.mixtral import Mixtral, PlaneSpec
 from mcjax.notes import note
+
+ATTENTION_BITS = 4
 
 ALLOCATION: dict[str, Any] = {
     "scope": "layer",
@@ -72,40 +74,43 @@ class Model:
         return _logits(self.module, self.params, _checked(tokens, self.module.config.vocab_size))
 
     @property
-    def spec(self) -> PlaneSpec:
-        """The static widths of its weights."""
-        planes = getattr(self.module, "planes", None)
-        if planes is None:
-            raise ValueError(
-                f"the model of {self.path} has dense weights, not planes; make an artifact of it "
-                "with `mcjax compress`"
-            )
-        return planes
+    def _shared_out(self) -> list[Any]:
+        """The weights that a budget is about."""
+        return weights.expert_weights(self.module.decoder, self.params)
 
     @property
     def allocation(self) -> np.ndarray:
-        """Each expert's width, int [L, E]."""
-        return np.array(self.spec.allocation)
+        """Each expert's width, int [L, E]; L counts the layers that a budget is about.
+
+        Raises:
+          ValueError: if the model has no planes.
+        """
+        decoder = self.module.decoder
+        rows = []
+        for i in weights.budgeted_layers(decoder):
+            role = weights.budgeted(decoder, decoder.layers[i])[0]
+            held = weights.get(weights.of_layer(decoder, self.params, i), role.path)
+            if not isinstance(held, MixedPlanes):
+                raise ValueError(
+                    f"the model of {self.path} has dense weights, not planes; make an artifact of "
+                    "it with `mcjax compress`"
+                )
+            rows.append(held.allocation.reshape(-1))
+        return np.stack(rows)
 
     @property
     def average_bits(self) -> float:
         """Average width over experts, tables not counted; of dense weights their own."""
-        if isinstance(self.module, LanguageModel):
-            return self.effective_bits
-        return float(self.allocation.mean())
+        held = self._shared_out
+        if isinstance(held[0], MixedPlanes):
+            return float(self.allocation.mean())
+        return self.effective_bits
 
     @property
     def effective_bits(self) -> float:
         """Bits per expert weight as held, tables included."""
-        if isinstance(self.module, LanguageModel):
-            experts = weights.expert_weights(self.module.decoder, self.params)
-        else:
-            experts = [
-                planes
-                for i in range(self.module.config.num_hidden_layers)
-                for planes in self.params[f"layer_{i}"]["moe"]["experts"].values()
-            ]
-        return 8 * sum(p.nbytes for p in experts) / sum(math.prod(p.shape) for p in experts)
+        held = self._shared_out
+        return 8 * sum(p.nbytes for p in held) / sum(math.prod(p.shape) for p in held)
 
     def refine(
         self,
@@ -124,19 +129,15 @@ class Model:
         Returns:
           A new `Model`; this one stays as it is.
         """
-        held = self.spec
+        held = self.allocation.tolist()
         reader = checkpoint.ArtifactReader(self.path)
         wanted = resolve_allocation(reader.manifest, budget, bits, allocation)
-        spec = PlaneSpec(allocation=wanted, attention=held.attention, group_size=held.group_size)
-        params = dict(self.params)
-        for i, widths in enumerate(wanted):
-            params[f"layer_{i}"] = checkpoint.read_layer(
-                reader, i, widths, spec.attention, loaded=self.params[f"layer_{i}"]
-            )
-        return Model(
+        params = self.params
+        if wanted != held:
+            params = checkpoint.refine_layers(reader, params, wanted)
+        return replace(
+            self,
             params=params,
-            module=self.module.clone(planes=spec),
-            path=self.path,
             bytes_read=self.bytes_read + reader.bytes_read,
             expert_bytes_read=self.expert_bytes_read + reader.expert_bytes_read,
         )
@@ -173,7 +174,7 @@ def load(
     *,
     bits: int | None = None,
     allocation: Sequence[Sequence[int]] | None = None,
-    attention_bits: int = 4,
+    attention_bits: int | None = None,
     dtype: Any = jnp.float32,
     act_bits: int | None = None,
     prune: str | None = None,
@@ -188,7 +189,8 @@ def load(
       budget: average bits per expert weight; PMQ shares them out by the artifact's statistics.
       bits: one width for every expert instead.
       allocation: each expert's width [L, E] instead. Without any of the three, all planes.
-      attention_bits: width of the attention's weights, 4 or 8.
+      attention_bits: width of all that the budget is not about: attention, shared experts, dense
+        layers beside routed ones; None for 4.
       dtype: of activations.
       act_bits: None, or 8 or 16 bits to round activations to, see `mcjax.dot`.
       prune: None, or the policy by which `mcjax.odp` skips experts, "affine" or "paper".
@@ -208,24 +210,24 @@ def load(
                 f"{path} is not an mcjax artifact: it has no {checkpoint.MANIFEST}; and no Hugging "
                 "Face folder: config.json is missing"
             )
-        return _load_folder(path, (budget, bits, allocation, act_bits, prune), dtype)
+        of_artifacts = budget, bits, allocation, attention_bits, act_bits, prune
+        return _load_folder(path, of_artifacts, dtype)
     reader = checkpoint.ArtifactReader(path, "model")
     manifest = reader.manifest
-    config = MixtralConfig.from_dict(manifest["config"])
     widths = resolve_allocation(manifest, budget, bits, allocation)
+    attention_bits = ATTENTION_BITS if attention_bits is None else attention_bits
     if attention_bits not in manifest["attention_widths"]:
         raise ValueError(
             f"attention_bits {attention_bits} is not one of {manifest['attention_widths']}"
         )
-    spec = PlaneSpec(allocation=widths, attention=attention_bits, group_size=manifest["group_size"])
     params = checkpoint.read_rest(reader)
-    for i, mine in enumerate(widths):
-        params[f"layer_{i}"] = checkpoint.read_layer(reader, i, mine, attention_bits)
+    params |= checkpoint.read_layers(reader, widths, attention_bits)
     if prune is not None:
-        params = with_pruning(params, checkpoint.read_pruning(reader), prune, quantile)
+        pruning = checkpoint.read_pruning(reader)
+        params = with_pruning(reader.decoder, params, pruning, prune, quantile)
     return Model(
         params=params,
-        module=Mixtral(config, spec, dtype, act_bits, prune),
+        module=LanguageModel(reader.decoder, dtype, act_bits),
         path=str(reader.directory),
         bytes_read=reader.bytes_read,
         expert_bytes_read=reader.expert_bytes_read,
@@ -250,16 +252,18 @@ def _load_folder(path: str | Path, of_artifacts: tuple, dtype: Any) -> Model:
 
 
 def with_pruning(
+    decoder: Decoder,
     params: Any,
     statistics: Sequence[odp.PruningStatistics],
     policy: str,
     quantile: float = odp.QUANTILE,
 ) -> Any:
-    """Parameters of a `Mixtral` with those that its `prune` policy asks for.
+    """Parameters by which a `LanguageModel` skips experts as a policy says.
 
     Args:
-      params: of a Mixtral, dense or planes.
-      statistics: of each layer.
+      decoder: the model.
+      params: its parameters, dense or planes.
+      statistics: of each layer of routed experts.
       policy: "affine" or "paper".
       quantile: as in `load`.
 
@@ -268,16 +272,24 @@ def with_pruning(
     """
     if policy not in odp.POLICIES:
         raise ValueError(f"unknown pruning policy {policy!r}; one of {odp.POLICIES}")
-    params = dict(params)
     if all(np.size(of_layer.ratio) == 0 for of_layer in statistics):
         note("each token has one expert, so there is none to skip: nothing is pruned")
-    for i, of_layer in enumerate(statistics):
-        layer = params[f"layer_{i}"]
-        more = {"threshold": jnp.asarray(odp.thresholds(of_layer.ratio, quantile))}
-        if policy == "affine":
-            more["slope"] = jnp.asarray(of_layer.slope, jnp.float32)
-            more["intercept"] = jnp.asarray(of_layer.intercept)
-        params[f"layer_{i}"] = {**layer, "moe": {**layer["moe"], **more}}
+        return params
+    params = jax.tree.map(lambda a: a, params)
+    routed = [i for i, layer in enumerate(decoder.layers) if isinstance(layer.block, Routed)]
+    for s, segment in enumerate(decoder.segments):
+        for member, layer in enumerate(segment.period):
+            mine = [i for i, place in enumerate(decoder.places) if place[:2] == (s, member)]
+            if not isinstance(layer.block, Routed):
+                continue
+            own = [statistics[routed.index(i)] for i in mine]
+            ratio = np.stack([each.ratio for each in own])
+            more = {"threshold": jnp.asarray(odp.thresholds(ratio, quantile))}
+            if policy == "affine":
+                more["slope"] = jnp.asarray(np.stack([each.slope for each in own]), jnp.float32)
+                more["intercept"] = jnp.asarray(np.stack([each.intercept for each in own]))
+            path = (weights.segment_name(s), weights.layer_name(member), "block")
+            weights.get(params, path).update(more)
     return params
 
 
@@ -297,7 +309,7 @@ def resolve_allocation(
     budget: float | None,
     bits: int | None,
     allocation: Sequence[Sequence[int]] | None,
-) -> tuple[tuple[int, ...], ...]:
+) -> list[list[int]]:
     """Each expert's width from whichever one of the three is given.
 
     Raises:
@@ -308,7 +320,8 @@ def resolve_allocation(
     stats = statistics(manifest)
     shape, top = stats.frequency.shape, manifest["max_bits"]
     if budget is not None:
-        chosen = pmq.allocate(stats, budget, **ALLOCATION)
+        alone = {"scope": "model"} if shape[1] == 1 else {}
+        chosen = pmq.allocate(stats, budget, **(ALLOCATION | alone))
     elif allocation is not None:
         chosen = np.asarray(allocation)
         if chosen.shape != shape or not np.isin(chosen, stats.bits).all():
@@ -321,4 +334,4 @@ def resolve_allocation(
         if width not in stats.bits:
             raise ValueError(f"bits {width} is not one of this artifact's widths {stats.bits}")
         chosen = np.full(shape, width)
-    return tuple(tuple(int(k) for k in row) for row in chosen)
+    return chosen.tolist()

@@ -6,15 +6,16 @@ in one forward pass and keeps as many as it would have written itself (arXiv 221
 only its width's tables beside them. On CPU it also rounds activations to int8, so that it counts
 bits where the model dequantises; that alone may be draft enough, with all planes.
 
-Both passes share one key-value cache. Drafting puts its keys and values into the slots after the
-verified tokens, and verification overwrites every one of them. Slots of rejected tokens stay until
-the tokens that take their positions overwrite them: a query sees only positions up to its own, so
-nothing has to be rolled back but the position.
+Both passes share one cache. Drafting puts its keys and values into the slots after the verified
+tokens, and verification overwrites every one of them. Slots of rejected tokens stay until the
+tokens that take their positions overwrite them: a query sees only positions up to its own, so
+nothing has to be rolled back but the position. A recurrent state has no slots: verification starts
+from the one before the draft, and goes back to the one after the last accepted token.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,7 +23,8 @@ import jax
 import jax.numpy as jnp
 
 from mcjax import checkpoint
-from mcjax.models.mixtral import Cache, Mixtral
+from mcjax.models.delta import Recurrent
+from mcjax.models.language_model import LanguageModel
 from mcjax.ops import choice
 from mcjax.sampling import Sampling, allowed, filter_logits, sample
 from mcjax.serving import Model
@@ -38,7 +40,7 @@ class Draft:
       length: tokens that are drafted before each verification.
     """
 
-    module: Mixtral
+    module: LanguageModel
     params: Any
     length: int = 4
 
@@ -89,13 +91,8 @@ def self_draft(model: Model, bits: int, length: int = 4) -> Draft:
             f"draft bits {bits} must be below the widest expert's {widest} bits: "
             "the draft would be the model itself"
         )
-    params = dict(model.params)
-    for i in range(model.module.config.num_hidden_layers):
-        layer = params[f"layer_{i}"]
-        experts = checkpoint.read_draft_tables(reader, i, layer["moe"]["experts"], bits)
-        params[f"layer_{i}"] = {**layer, "moe": {**layer["moe"], "experts": experts}}
-    module = model.module.clone(planes=replace(model.spec, draft=bits), act_bits=act_bits)
-    return Draft(module=module, params=params, length=length)
+    params = checkpoint.read_draft_tables(reader, model.params, bits)
+    return Draft(module=model.module.clone(act_bits=act_bits), params=params, length=length)
 
 
 def hold_in_loop(tokens: jax.Array, params: Any) -> tuple[jax.Array, Any]:
@@ -107,15 +104,15 @@ def hold_in_loop(tokens: jax.Array, params: Any) -> tuple[jax.Array, Any]:
 
 
 def draft_tokens(
-    draft: Mixtral,
+    draft: LanguageModel,
     params: Any,
     token: jax.Array,
     position: jax.Array,
-    cache: tuple[Cache, ...],
+    cache: Any,
     key: jax.Array,
     sampling: Sampling,
     length: int,
-) -> tuple[jax.Array, jax.Array, tuple[Cache, ...]]:
+) -> tuple[jax.Array, jax.Array, Any]:
     """Writes `length` tokens one by one.
 
     Args:
@@ -198,17 +195,17 @@ def accept(
     jax.jit, static_argnames=("module", "draft", "sampling", "length"), donate_argnames="cache"
 )
 def step(
-    module: Mixtral,
+    module: LanguageModel,
     params: Any,
-    draft: Mixtral,
+    draft: LanguageModel,
     draft_params: Any,
     token: jax.Array,
     position: jax.Array,
-    cache: tuple[Cache, ...],
+    cache: Any,
     key: jax.Array,
     sampling: Sampling,
     length: int,
-) -> tuple[jax.Array, jax.Array, tuple[Cache, ...]]:
+) -> tuple[jax.Array, jax.Array, Any]:
     """Drafts, verifies and accepts once.
 
     Args:
@@ -228,15 +225,42 @@ def step(
       As `accept` does, tokens int32 [B, length + 1] and int32 [B]; and the cache.
     """
     draft_key, accept_key = jax.random.split(key)
+    before = cache
     drafted, draft_logits, cache = draft_tokens(
         draft, draft_params, token, position, cache, draft_key, sampling, length
     )
+    cache = _recurrent(lambda _, old: old, cache, before)
     read = jnp.concatenate([token[:, None], drafted], axis=1)
     positions = position[:, None] + jnp.arange(length + 1)
-    output: Any = module.apply({"params": params}, read, positions, cache)
-    logits, cache = output
+    output: Any = module.apply({"params": params}, read, positions, cache, mutable=["recurrent"])
+    (logits, cache), seen = output
     tokens, accepted = accept(accept_key, drafted, draft_logits, logits, sampling)
+    states = iter(jax.tree.leaves(seen, is_leaf=_is_recurrent))
+    cache = _recurrent(lambda _, __: _after(next(states), accepted), cache, cache)
     return tokens, accepted, cache
+
+
+def _is_recurrent(node: Any) -> bool:
+    return isinstance(node, Recurrent)
+
+
+def _recurrent(function, cache: Any, other: Any) -> Any:
+    """The cache with `function` of the two instead of every recurrent state."""
+
+    def choose(node, more):
+        return function(node, more) if _is_recurrent(node) else node
+
+    return jax.tree.map(choose, cache, other, is_leaf=_is_recurrent)
+
+
+def _after(states: Recurrent, accepted: jax.Array) -> Recurrent:
+    """Of the states [R, B, T, ...] after each of T tokens those after `accepted` [B] more than 1."""
+
+    def pick(array):
+        index = accepted.reshape(1, -1, *(1,) * (array.ndim - 2))
+        return jnp.take_along_axis(array, index, axis=2)[:, :, 0]
+
+    return Recurrent(pick(states.inputs), pick(states.state))
 
 
 def _leading(accepted: jax.Array) -> jax.Array:

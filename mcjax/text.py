@@ -91,7 +91,7 @@ def _named_bos(tokenizer, folder: Path) -> int:
     name = special_tokens(folder).get("bos_token")
     token = None if name is None else tokenizer.token_to_id(name)
     if token is None and (folder / MANIFEST).is_file():
-        token = read_manifest(folder).get("bos_token_id")
+        token = read_manifest(folder)["config"].get("bos_token_id")
     elif token is None and (folder / "config.json").is_file():
         token = read_json(folder / "config.json").get("bos_token_id")
     if not isinstance(token, int) or isinstance(token, bool):
@@ -222,11 +222,12 @@ def negative_log_likelihood(module: nn.Module, params: Any, tokens: jax.Array) -
 
 @partial(jax.jit, static_argnums=0)
 def _likelihood_and_skips(module, params, tokens):
-    logits, seen = module.apply({"params": params}, tokens, mutable=["odp"])
+    logits, seen = module.apply({"params": params}, tokens, mutable=["keep"])
     logits = logits[:, :-1].astype(jnp.float32)
     chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
     masks = jax.tree.leaves(seen)
-    skipped = jnp.mean(jnp.stack([jnp.mean(~m, dtype=jnp.float32) for m in masks])) if masks else 0
+    count = sum(m.size for m in masks)
+    skipped = sum(jnp.sum(~m, dtype=jnp.float32) for m in masks) / max(count, 1)
     return jnp.sum(jax.nn.logsumexp(logits, axis=-1) - chosen), skipped
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_pallas import dense_dot, random_planes, rows_of
 
-from mcjax.bitplane import MixedPlanes
+from mcjax import bitplane
 from mcjax.ops import dp4a
 from mcjax.ops.unpack import unpack
 
@@ -42,7 +42,7 @@ def test_several_weights(act_bits, most, width, group_size, d_in, d_out, rows):
 
 def mixed(d_in, d_out):
     stacks = tuple(random_planes(n, d_in, d_out, k, 32) for n, k in ((1, 1), (2, 3)))
-    return MixedPlanes(stacks=stacks, allocation=(3, 1, 3))
+    return bitplane.mixed(stacks, (3, 1, 3))
 
 
 def swiglu(x, gate, up, down, index):
@@ -83,7 +83,8 @@ def test_drafting_reads_the_first_planes():
         planes=planes.planes, tables=(table, *planes.tables), widths=(1, 3), d_in=64, group_size=32
     )
     x, index = rows_of(planes, 2, [0, 1])
-    (got,) = dp4a.expert_dots(x, (nested,), index, draft=1, interpret=True)
+    drafting = bitplane.mixed((nested,), (3, 3), most=1)
+    (got,) = dp4a.expert_dots(x, (drafting,), index, interpret=True)
     assert deviation(got, dense_dot(x, nested.slice(1), index)) < 1e-4
 
 

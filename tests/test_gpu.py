@@ -9,7 +9,7 @@ import pytest
 from test_pallas import dense_dot, random_planes, rows_of
 
 import mcjax
-from mcjax.bitplane import MixedPlanes
+from mcjax.bitplane import mixed
 from mcjax.models.mixtral import swiglu_experts
 from mcjax.ops.unpack import unpack
 
@@ -23,7 +23,7 @@ def deviation(got, expected):
 
 def mixed(d_in, d_out):
     stacks = tuple(random_planes(n, d_in, d_out, k, 128) for n, k in ((2, 1), (3, 2), (1, 5)))
-    return MixedPlanes(stacks=stacks, allocation=(2, 1, 5, 1, 2, 2))
+    return mixed(stacks, (2, 1, 5, 1, 2, 2))
 
 
 @pytest.mark.parametrize("rows", [2, 20])

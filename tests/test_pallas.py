@@ -9,7 +9,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from mcjax import tables
-from mcjax.bitplane import BitPlanes, MixedPlanes, empty, padded
+from mcjax.bitplane import BitPlanes, empty, mixed, padded
 from mcjax.models.mixtral import swiglu_experts
 from mcjax.ops.grouped import expert_map
 from mcjax.ops.pallas import TARGETS, grouped_dot, supported
@@ -103,7 +103,7 @@ def test_mixed_planes(target):
     stacks = tuple(
         random_planes(n, 96, 40, width, 32) for n, width in ((2, 1), (1, 2), (2, 3), (1, 8))
     )
-    planes = MixedPlanes(stacks=stacks, allocation=(3, 1, 8, 1, 2, 3))
+    planes = mixed(stacks, (3, 1, 8, 1, 2, 3))
     run = jax.jit(lambda *args: grouped_dot(*args, target=target, interpret=True))
     keep = jnp.asarray(RNG.random(30) < 0.8)
     for experts in ([0, 1, 2, 3, 4, 5], [2], [1, 3]):  # with stacks that have no rows
@@ -196,7 +196,7 @@ def test_lowering(platform, width, group_size, d_in, d_out, rows, dtype):
         stacks = tuple(
             empty((widths.count(k), d_in, d_out), k, group_size) for k in sorted(set(widths))
         )
-        return MixedPlanes(stacks=stacks, allocation=widths) if len(stacks) > 1 else stacks[0]
+        return mixed(stacks, widths) if len(stacks) > 1 else stacks[0]
 
     arguments = (
         jax.ShapeDtypeStruct((rows, d_in), dtype),

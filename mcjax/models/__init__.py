@@ -14,7 +14,7 @@ mixtral         a Mixtral, dense or on planes; what artifacts are served by
 resnet, vit     images, with `layers` that train at every width
 """
 
-from mcjax.models.config import MixtralConfig, RopeConfig
-from mcjax.models.mixtral import Mixtral, PlaneSpec
+from mcjax.models.rope import RopeConfig
+
 
 __all__ = ["Mixtral", "MixtralConfig", "PlaneSpec", "RopeConfig"]

@@ -20,11 +20,13 @@ class Context(NamedTuple):
       positions: int [B or 1, T].
       length: int [B], how many of them are not padding at the end; None for all.
       repeat: int [], which of the caches stacked over the repeats of a segment is the layer's.
+      decoding: whether these are no prompt's tokens, so that pruning protects none of them.
     """
 
     positions: jax.Array
     length: jax.Array | None
-    repeat: jax.Array
+    repeat: jax.Array | int = 0
+    decoding: bool = False
 
 
 class KeyValues(NamedTuple):

@@ -40,7 +40,8 @@ def delta(
     kept are the last before it.
 
     Returns:
-      [B, T, D], the cache, and taps: `mixer_input` and `mixer_output`.
+      [B, T, D], the cache, and taps: `mixer_input`, `mixer_output` and, where
+      tokens are decoded, `recurrent`: what each of them leaves, [B, T, ...].
     """
     batch, length, _ = x.shape
     kh, vh, dk, dv = spec.key_heads, spec.value_heads, spec.key_dim, spec.value_dim
@@ -81,10 +82,11 @@ def delta(
         state = state * decay[..., None, None]
         change = (v - jnp.einsum("bhkv,bhk->bhv", state, k)) * beta[..., None]
         state = state + k[..., :, None] * change[..., None, :]
-        return state, jnp.einsum("bhkv,bhk->bhv", state, q)
+        kept = state if context.decoding else None  # of a prompt, far too many
+        return state, (jnp.einsum("bhkv,bhk->bhv", state, q), kept)
 
     by_token = [jnp.moveaxis(y, 1, 0) for y in (q, k, v, jnp.exp(log_decay), beta)]
-    state, out = jax.lax.scan(step, state, tuple(by_token))
+    state, (out, states) = jax.lax.scan(step, state, tuple(by_token))
     out = jnp.moveaxis(out, 0, 1).astype(x.dtype)
     out = rms_norm(out, weights["norm"], eps)
     out = out * jax.nn.silu(z.reshape(batch, length, vh, dv).astype(jnp.float32)).astype(x.dtype)
@@ -98,7 +100,11 @@ def delta(
             cache.state.at[context.repeat].set(state),
         )
     y = dot(out, weights["o"], act_bits)
-    return y, cache, {"mixer_input": x, "mixer_output": out}
+    seen = {"mixer_input": x, "mixer_output": out}
+    if states is not None:
+        last = jnp.arange(1, length + 1)[:, None] + jnp.arange(spec.kernel - 1)
+        seen["recurrent"] = Recurrent(inputs[:, last], jnp.moveaxis(states, 0, 1))
+    return y, cache, seen
 
 
 def _unit(x: jax.Array) -> jax.Array:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from mcjax import odp
 from mcjax.models.decoder import Activation, Dense, Routed, Routing
-from mcjax.ops import choice, dot, expert_map
+from mcjax.ops import choice, dot, expert_map, expert_rows_dot
+from mcjax.ops.dot import expert_product
 
 _NAMES = ("gate", "up", "gate_bias", "up_bias", "down_bias", "down")
 
@@ -61,28 +64,49 @@ def dense(spec: Dense, weights: Any, x: jax.Array, act_bits: int | None):
     return y, {"block_input": x, "block_hidden": hidden}
 
 
-def routed(spec: Routed, weights: Any, x: jax.Array, act_bits: int | None):
+def routed(
+    spec: Routed,
+    weights: Any,
+    x: jax.Array,
+    act_bits: int | None,
+    protected: Callable[[], jax.Array] | None = None,
+):
     """The weighted sum of each token's experts and what all share, x [B, T, D] to [B, T, D].
 
+    Experts of small routing weight are skipped if the weights have a `threshold`, see `mcjax.odp`.
+
+    Args:
+      spec: of the experts.
+      weights: of one layer, by role.
+      x: [B, T, D].
+      act_bits: as in `mcjax.dot`.
+      protected: gives bool [B, T], tokens that keep all their experts; None for none.
+
     Returns:
-      [B, T, D] and taps: `block_input`, and of each token `experts` [N, K] and `weights` [N, K].
+      [B, T, D] and taps: `block_input`; of each token `experts` [N, K], `weights` [N, K], `router`
+      logits [N, E] and, if experts are skipped, `keep` [N, K].
     """
     tokens = x.reshape(-1, x.shape[-1])
-    logits = jnp.dot(tokens, weights["router"].astype(x.dtype)).astype(jnp.float32)
-    if spec.routing.bias:
-        logits = logits + weights["router_bias"].astype(jnp.float32).reshape(1, -1)
-    correction = weights.get("correction")
-    shares, index = route(spec.routing, logits, correction)
-    k = spec.routing.top_k
-    names = tuple(name for name in _NAMES if name in weights["experts"])
-    function = partial(_one_expert, spec.activation, act_bits, names)
-    rows = jnp.repeat(tokens, k, axis=0)
-    block = choice.expert_rows(jax.default_backend(), len(rows), spec.experts, act_bits)
-    own = tuple(weights["experts"][name] for name in names)
-    y = expert_map(function, own, rows, index.reshape(-1), None, block)
-    y = y.reshape(-1, k, x.shape[-1]) * shares[..., None].astype(x.dtype)
+    logits, shares, index = chosen(spec, weights, tokens)
+    taps = {"block_input": x, "experts": index, "weights": shares, "router": logits}
+    keep, rest = None, None
+    if "threshold" in weights:
+        marked = None if protected is None else protected().reshape(-1)
+        keep = odp.keep_mask(shares, weights["threshold"], marked)
+        taps["keep"] = keep
+        if "slope" in weights:
+            skipped = jnp.where(keep, 0, shares)
+            intercept = weights["intercept"].astype(x.dtype)[index]
+            rest = jnp.sum(intercept * skipped[..., None].astype(x.dtype), axis=1)
+            shares = jnp.where(keep, shares, 0)
+            shares = shares.at[:, 0].add(jnp.sum(weights["slope"][index] * skipped, axis=1))
+        else:
+            shares = odp.renormalize(shares, keep)
+    flat = None if keep is None else keep.reshape(-1)
+    y = apply_experts(spec, weights["experts"], tokens, index.reshape(-1), flat, act_bits)
+    y = y.reshape(*index.shape, -1) * shares[..., None].astype(x.dtype)
     y = jnp.sum(y, axis=1)
-    taps = {"block_input": x, "experts": index, "weights": shares, "logits": logits}
+    y = y if rest is None else y + rest
     if spec.shared:
         shared, taps["shared_hidden"] = _network(
             spec.activation, act_bits, weights["shared"], tokens
@@ -94,18 +118,84 @@ def routed(spec: Routed, weights: Any, x: jax.Array, act_bits: int | None):
     return y.reshape(x.shape), taps
 
 
+def chosen(spec: Routed, weights: Any, tokens: jax.Array):
+    """Logits float32 [N, E] of tokens [N, D], and their experts and shares as `route` gives them."""
+    logits = jnp.dot(tokens, weights["router"].astype(tokens.dtype)).astype(jnp.float32)
+    if spec.routing.bias:
+        logits = logits + weights["router_bias"].astype(jnp.float32).reshape(1, -1)
+    return logits, *route(spec.routing, logits, weights.get("correction"))
+
+
+def apply_experts(
+    spec: Routed,
+    weights: Any,
+    x: jax.Array,
+    index: jax.Array,
+    keep: jax.Array | None = None,
+    act_bits: int | None = None,
+    product: str | None = None,
+) -> jax.Array:
+    """Each row by its expert.
+
+    Args:
+      spec: of the experts.
+      weights: `gate`, `up`, `down` and their biases, arrays or planes [E, ...].
+      x: [N / K, D], of which each row meets K experts in a row.
+      index: int [N], the experts.
+      keep: bool [N], which to compute; None for all.
+      act_bits: as in `mcjax.dot`.
+      product: as in `mcjax.dot`.
+
+    Returns:
+      [N, D]; zeros where a row is not kept.
+    """
+    platform = jax.default_backend()
+    how = expert_product(len(index), weights["gate"], act_bits, product)
+    if how == "popcount" and platform == "gpu" and spec.activation == Activation() and not spec.bias:
+        from mcjax.ops import dp4a  # what it needs of Pallas is slow to import
+
+        own = tuple(weights[name] for name in ("gate", "up", "down"))
+        return dp4a.swiglu(x, own, index, keep, act_bits)
+    rows = jnp.repeat(x, len(index) // len(x), axis=0)
+    if how == "pallas" or (how == "popcount" and platform == "gpu"):
+        # The kernels take all experts at once, of any widths.
+        def every(name, x):
+            y = expert_rows_dot(x, weights[name], index, keep, act_bits, how)
+            bias = weights.get(f"{name}_bias")
+            return y if bias is None else y + bias.astype(y.dtype)[index]
+
+        y = every("down", activate(spec.activation, every("gate", rows), every("up", rows)))
+        return y if keep is None or not spec.bias else jnp.where(keep[:, None], y, 0)
+    names = tuple(name for name in _NAMES if name in weights)
+    function = partial(_rows_of_one, spec.activation, act_bits, how, names)
+    block = choice.expert_rows(platform, len(rows), spec.experts, act_bits)
+    return expert_map(function, tuple(weights[n] for n in names), rows, index, keep, block)
+
+
 def _network(activation, act_bits, weights, x):
     multiply = partial(dot, x, act_bits=act_bits)
     hidden = activate(activation, multiply(weights["gate"]), multiply(weights["up"]))
     return dot(hidden, weights["down"], act_bits), hidden
 
 
-def _one_expert(activation, act_bits, names, weights, rows):
-    own = dict(zip(names, weights, strict=True))
+def one_expert(
+    activation: Activation,
+    weights: Mapping[str, Any],
+    x: jax.Array,
+    act_bits: int | None = None,
+    product: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """What a gated network of its own weights makes of x [N, D]: [N, D], and what down sees."""
 
-    def product(name, x):
-        y = dot(x, own[name], act_bits)
-        bias = own.get(f"{name}_bias")
+    def multiply(name, x):
+        y = dot(x, weights[name], act_bits, product)
+        bias = weights.get(f"{name}_bias")
         return y if bias is None else y + bias.astype(y.dtype).reshape(1, -1)
 
-    return product("down", activate(activation, product("gate", rows), product("up", rows)))
+    hidden = activate(activation, multiply("gate", x), multiply("up", x))
+    return multiply("down", hidden), hidden
+
+
+def _rows_of_one(activation, act_bits, product, names, weights, rows):
+    own = dict(zip(names, weights, strict=True))
+    return one_expert(activation, own, rows, act_bits, product)[0]

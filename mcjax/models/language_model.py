@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -9,12 +10,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mcjax import odp
 from mcjax.models import experts, weights
 from mcjax.models.attention import Context, KeyValues, Latents, heads, latent
 from mcjax.models.decoder import Decoder, Delta, Dense, Heads, Latent, Layer
 from mcjax.models.delta import Recurrent, delta
 from mcjax.models.norms import rms_norm
 from mcjax.ops import narrow_dot
+
+SOWN = ("router", "keep", "recurrent")
+"""Taps that come back as collections of their names: logits of routers, what pruning kept, and
+recurrent states after every token."""
 
 _MIXERS: dict[type, Any] = {Heads: heads, Latent: latent, Delta: delta}
 
@@ -47,10 +53,30 @@ def run_layer(
     y, cache, taps = mixer(spec.mixer, own["mixer"], h, context, cache, eps, act_bits)
     x = x + (rms_norm(y, own["mixer_after"], eps) if spec.sandwich else y)
     h = rms_norm(x, own["block_norm"], eps)
-    block: Any = experts.dense if isinstance(spec.block, Dense) else experts.routed
-    y, more = block(spec.block, own["block"], h, act_bits)
+    if isinstance(spec.block, Dense):
+        y, more = experts.dense(spec.block, own["block"], h, act_bits)
+    else:
+        protected = None if context.decoding else partial(_protected, x, context, taps)
+        y, more = experts.routed(spec.block, own["block"], h, act_bits, protected)
     x = x + (rms_norm(y, own["block_after"], eps) if spec.sandwich else y)
     return x, cache, {**taps, **more}
+
+
+def embed(decoder: Decoder, params: Any, tokens: jax.Array, dtype: Any) -> jax.Array:
+    """What enters the first layer: tokens int [B, T] to [B, T, D] of `dtype`."""
+    x = params["embedding"][tokens].astype(dtype)
+    if decoder.embedding_scale != 1:
+        x = x * jnp.asarray(decoder.embedding_scale, dtype)
+    return x
+
+
+def _protected(x, context: Context, taps) -> jax.Array:
+    """The tokens [B, T] of a prompt whose experts are all computed, see `mcjax.odp`."""
+    attention = taps.get("attention")
+    if attention is not None:
+        first = context.positions[0, 0]
+        attention = jax.lax.dynamic_slice_in_dim(attention, first, x.shape[1], axis=-1)
+    return odp.protect(odp.token_importance(x, attention, context.length))
 
 
 def forward(
@@ -64,33 +90,47 @@ def forward(
     *,
     dtype: Any = jnp.float32,
     act_bits: int | None = None,
-) -> Any:
-    """Next-token logits; see `LanguageModel.__call__`."""
+    taps: Sequence[str] = (),
+) -> tuple[jax.Array, Any, dict[str, Any]]:
+    """Next-token logits; see `LanguageModel.__call__`.
+
+    Returns:
+      Logits, the cache, and the `taps` asked for: of each name nested dicts like the parameters',
+      with arrays [R, ...] for the layers that have it.
+    """
+    decoding = positions is not None and length is None
     if positions is None:
         positions = jnp.arange(tokens.shape[1])[None]
-    x = params["embedding"][tokens].astype(dtype)
-    if decoder.embedding_scale != 1:
-        x = x * jnp.asarray(decoder.embedding_scale, dtype)
+    x = embed(decoder, params, tokens, dtype)
     cache = dict(cache) if cache is not None else None
+    tapped: dict[str, Any] = {}
     for s, segment in enumerate(decoder.segments):
         name = weights.segment_name(s)
+        apart, together = weights.split_stacks(params[name])
 
-        def period(carry, own, segment=segment):
+        def period(carry, own, segment=segment, together=together):
             x, held = carry
             own, repeat = own
-            context = Context(positions, length, repeat)
+            own = together(own)
+            context = Context(positions, length, repeat, decoding)
+            wanted = {}
             for member, spec in enumerate(segment.period):
                 key = weights.layer_name(member)
                 before = None if held is None else held[key]
-                x, new, _ = run_layer(
+                x, new, seen = run_layer(
                     spec, own[key], x, context, before, decoder.norm_eps, act_bits
                 )
                 held = None if held is None else {**held, key: new}
-            return (x, held), None
+                for tap in taps:
+                    if tap in seen:
+                        weights.put(wanted, (tap, key), seen[tap])
+            return (x, held), wanted
 
         carry = (x, None if cache is None else cache[name])
-        every = params[name], jnp.arange(segment.repeats)
-        (x, held), _ = jax.lax.scan(period, carry, every)
+        every = apart, jnp.arange(segment.repeats, dtype=jnp.int32)
+        (x, held), wanted = jax.lax.scan(period, carry, every)
+        for tap, values in wanted.items():
+            weights.put(tapped, (tap, name), values)
         if cache is not None:
             cache[name] = held
     if only is not None:
@@ -100,7 +140,7 @@ def forward(
     logits = narrow_dot(x.reshape(-1, decoder.width), head).reshape(*x.shape[:-1], -1)
     if decoder.logit_cap is not None:
         logits = decoder.logit_cap * jnp.tanh(logits / decoder.logit_cap)
-    return logits if cache is None else (logits, cache)
+    return logits, cache, tapped
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -164,9 +204,12 @@ class LanguageModel(nn.Module):
 
         Args:
           tokens: int [B, T].
-          positions: int [B or 1, T]; None counts from 0.
+          positions: int [B or 1, T]; None counts from 0. Given without `length`, the tokens are
+            decoded, and pruning protects none of them, however many they are.
           cache: from `empty_cache`.
-          length: int [B], how many of these tokens are not padding at the end; None for all.
+          length: int [B], how many of these tokens of a prompt are not padding at the end; None for
+            all. With positions int [1, T] that count on from a chunk of the prompt read before,
+            pruning protects the most important of each chunk.
           only: int [B], the one token of each sequence whose logits are wanted; None for all.
 
         Returns:
@@ -179,7 +222,8 @@ class LanguageModel(nn.Module):
             params = {name: self.param(name, lambda _, v=v: v) for name, v in drawn.items()}
         else:
             params = self.variables["params"]
-        return forward(
+        taps = [tap for tap in SOWN if self.is_mutable_collection(tap)]
+        logits, cache, seen = forward(
             self.decoder,
             params,
             tokens,
@@ -189,4 +233,8 @@ class LanguageModel(nn.Module):
             only,
             dtype=self.dtype,
             act_bits=self.act_bits,
+            taps=taps,
         )
+        for tap, values in seen.items():
+            self.sow(tap, "layers", values, reduce_fn=lambda _, new: new, init_fn=dict)
+        return logits if cache is None else (logits, cache)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mcjax.models.decoder import Decoder, Delta, Dense, Heads, Latent, Layer
+from mcjax.bitplane import MixedPlanes
+from mcjax.models.decoder import Decoder, Delta, Dense, Heads, Latent, Layer, Routed
 
 _normal = nn.initializers.normal(0.02)
 _ones, _zeros = nn.initializers.ones, nn.initializers.zeros
@@ -22,25 +24,36 @@ class Role(NamedTuple):
       path: keys from the layer's parameters to it.
       shape: of one layer's.
       start: its initialiser.
-      matrix: whether it is a product's weight [..., d_in, d_out], which planes can take.
+      tap: what its product multiplies, by the name that `run_layer` gives it, of a weight
+        [..., d_in, d_out] that planes can take; None for others.
     """
 
     path: tuple[str, ...]
     shape: tuple[int, ...]
     start: Any
-    matrix: bool
+    tap: str | None
+
+    @property
+    def name(self) -> str:
+        """The path, dotted."""
+        return ".".join(self.path)
+
+    @property
+    def routed(self) -> bool:
+        """Whether it has a matrix for each of the layer's experts."""
+        return self.tap is not None and len(self.shape) == 3
 
 
 def roles(layer: Layer, width: int) -> Iterator[Role]:
     """Walks over the weights of a layer whose tokens have `width` features."""
 
-    def matrix(path, *shape):
+    def matrix(path, tap, *shape):
         batch = tuple(range(len(shape) - 2))
         start = nn.initializers.lecun_normal(batch_axis=batch)
-        return Role(tuple(path.split(".")), shape, start, True)
+        return Role(tuple(path.split(".")), shape, start, tap)
 
     def vector(path, *shape, start=_zeros):
-        return Role(tuple(path.split(".")), shape, start, False)
+        return Role(tuple(path.split(".")), shape, start, None)
 
     def norm(path, size=width):
         return vector(path, size, start=_ones)
@@ -55,8 +68,8 @@ def roles(layer: Layer, width: int) -> Iterator[Role]:
     if isinstance(m, Heads):
         queries = m.heads * m.head_dim * (2 if m.gated else 1)
         qkv = queries + 2 * m.kv_heads * m.head_dim
-        yield matrix("mixer.qkv", width, qkv)
-        yield matrix("mixer.o", m.heads * m.head_dim, width)
+        yield matrix("mixer.qkv", "mixer_input", width, qkv)
+        yield matrix("mixer.o", "mixer_output", m.heads * m.head_dim, width)
         if m.bias:
             yield vector("mixer.qkv_bias", qkv)
         if m.out_bias:
@@ -69,15 +82,15 @@ def roles(layer: Layer, width: int) -> Iterator[Role]:
     elif isinstance(m, Latent):
         queries = m.heads * (m.nope_dim + m.rope.dim)
         if m.query_rank is None:
-            yield matrix("mixer.q", width, queries)
+            yield matrix("mixer.q", "mixer_input", width, queries)
         else:
-            yield matrix("mixer.q_a", width, m.query_rank)
+            yield matrix("mixer.q_a", "mixer_input", width, m.query_rank)
             yield norm("mixer.q_norm", m.query_rank)
-            yield matrix("mixer.q_b", m.query_rank, queries)
-        yield matrix("mixer.kv_a", width, m.rank + m.rope.dim)
+            yield matrix("mixer.q_b", "query_latent", m.query_rank, queries)
+        yield matrix("mixer.kv_a", "mixer_input", width, m.rank + m.rope.dim)
         yield norm("mixer.kv_norm", m.rank)
-        yield matrix("mixer.kv_b", m.rank, m.heads * (m.nope_dim + m.value_dim))
-        yield matrix("mixer.o", m.heads * m.value_dim, width)
+        yield matrix("mixer.kv_b", "latent", m.rank, m.heads * (m.nope_dim + m.value_dim))
+        yield matrix("mixer.o", "mixer_output", m.heads * m.value_dim, width)
         if m.bias:
             if m.query_rank is not None:
                 yield vector("mixer.q_a_bias", m.query_rank)
@@ -85,47 +98,47 @@ def roles(layer: Layer, width: int) -> Iterator[Role]:
             yield vector("mixer.o_bias", width)
     elif isinstance(m, Delta):
         values = m.value_heads * m.value_dim
-        yield matrix("mixer.qkvz", width, m.channels + values)
-        yield matrix("mixer.ba", width, 2 * m.value_heads)
+        yield matrix("mixer.qkvz", "mixer_input", width, m.channels + values)
+        yield matrix("mixer.ba", "mixer_input", width, 2 * m.value_heads)
         yield vector("mixer.conv", m.channels, m.kernel, start=_normal)
         yield vector("mixer.dt_bias", m.value_heads, start=_ones)
         yield vector("mixer.decay", m.value_heads)
         yield norm("mixer.norm", m.value_dim)
-        yield matrix("mixer.o", values, width)
+        yield matrix("mixer.o", "mixer_output", values, width)
 
     b = layer.block
     if isinstance(b, Dense):
-        yield from _gated(matrix, "block", (), width, b.width)
+        yield from _gated(matrix, "block", "block_hidden", (), width, b.width)
         return
     yield vector("block.router", width, b.experts, start=nn.initializers.lecun_normal())
     if b.routing.bias:
         yield vector("block.router_bias", b.experts)
     if b.routing.correction:
         yield vector("block.correction", b.experts)
-    yield from _gated(matrix, "block.experts", (b.experts,), width, b.width)
+    yield from _gated(matrix, "block.experts", "expert_hidden", (b.experts,), width, b.width)
     if b.bias:
         yield vector("block.experts.gate_bias", b.experts, b.width)
         yield vector("block.experts.up_bias", b.experts, b.width)
         yield vector("block.experts.down_bias", b.experts, width)
     if b.shared:
-        yield from _gated(matrix, "block.shared", (), width, b.shared)
+        yield from _gated(matrix, "block.shared", "shared_hidden", (), width, b.shared)
     if b.shared_gate:
         yield vector("block.shared_gate", width, 1, start=nn.initializers.lecun_normal())
 
 
-def _gated(matrix, path, batch, width, hidden) -> Iterator[Role]:
-    yield matrix(f"{path}.gate", *batch, width, hidden)
-    yield matrix(f"{path}.up", *batch, width, hidden)
-    yield matrix(f"{path}.down", *batch, hidden, width)
+def _gated(matrix, path, hidden_tap, batch, width, hidden) -> Iterator[Role]:
+    yield matrix(f"{path}.gate", "block_input", *batch, width, hidden)
+    yield matrix(f"{path}.up", "block_input", *batch, width, hidden)
+    yield matrix(f"{path}.down", hidden_tap, *batch, hidden, width)
 
 
 def rest(decoder: Decoder) -> Iterator[Role]:
     """Walks over the weights outside the layers: embedding, norm and, if untied, head."""
     table = (decoder.vocab_size, decoder.width)
-    yield Role(("embedding",), table, _normal, False)
-    yield Role(("norm",), (decoder.width,), _ones, False)
+    yield Role(("embedding",), table, _normal, None)
+    yield Role(("norm",), (decoder.width,), _ones, None)
     if not decoder.tied:
-        yield Role(("head",), table, nn.initializers.lecun_normal(in_axis=-1, out_axis=-2), False)
+        yield Role(("head",), table, nn.initializers.lecun_normal(in_axis=-1, out_axis=-2), None)
 
 
 def segment_name(s: int) -> str:
@@ -152,16 +165,78 @@ def get(tree: Any, path: tuple[str, ...]) -> Any:
     return tree
 
 
+def budgeted(decoder: Decoder, layer: Layer) -> tuple[Role, ...]:
+    """The weights of a layer that a budget shares bits out to.
+
+    They are those of routed experts. A decoder that has none anywhere has its networks instead,
+    each the one expert of its layer.
+    """
+    dense = isinstance(layer.block, Dense)
+    if dense and any(isinstance(other.block, Routed) for other in decoder.layers):
+        return ()
+    path = ("block",) if dense else ("block", "experts")
+    every = roles(layer, decoder.width)
+    return tuple(r for r in every if r.tap is not None and r.path[:-1] == path)
+
+
+def budgeted_layers(decoder: Decoder) -> tuple[int, ...]:
+    """The layers that have such weights."""
+    return tuple(i for i, layer in enumerate(decoder.layers) if budgeted(decoder, layer))
+
+
 def expert_weights(decoder: Decoder, params: Any) -> list[Any]:
-    """The weights that a budget is about: of routed experts or, where there are none, of MLPs."""
-    found: dict[bool, list[Any]] = {True: [], False: []}
-    for s, segment in enumerate(decoder.segments):
-        for member, layer in enumerate(segment.period):
-            block = params[segment_name(s)][layer_name(member)]["block"]
-            routed = not isinstance(layer.block, Dense)
-            own = block["experts"] if routed else block
-            found[routed] += [own[name] for name in ("gate", "up", "down")]
-    return found[True] or found[False]
+    """The weights that a budget is about, stacked over layers."""
+    return [
+        get(params[segment_name(s)][layer_name(member)], role.path)
+        for s, segment in enumerate(decoder.segments)
+        for member, layer in enumerate(segment.period)
+        for role in budgeted(decoder, layer)
+    ]
+
+
+def of_layer(decoder: Decoder, params: Any, i: int) -> Any:
+    """The weights of layer i out of the stacks of its segment."""
+    s, member, repeat = decoder.places[i]
+    own = params[segment_name(s)][layer_name(member)]
+    return jax.tree.map(
+        lambda w: w.at(repeat) if isinstance(w, MixedPlanes) else w[repeat],
+        own,
+        is_leaf=lambda w: isinstance(w, MixedPlanes),
+    )
+
+
+def stacked(decoder: Decoder, layers: Sequence[Any]) -> dict[str, Any]:
+    """The inverse of `of_layer`, for arrays: trees of every layer to those of the segments."""
+    members: dict[tuple[int, int], list[Any]] = {}
+    for own, (s, member, _) in zip(layers, decoder.places, strict=True):
+        members.setdefault((s, member), []).append(own)
+    params: dict[str, Any] = {}
+    for (s, member), each in members.items():
+        tree = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+        put(params, (segment_name(s), layer_name(member)), tree)
+    return params
+
+
+def split_stacks(own: Any) -> tuple[list[Any], Callable[[Any], Any]]:
+    """What a scan over a segment's layers takes apart, and how to put one layer together again.
+
+    The stacks of `MixedPlanes` belong to all layers: the scan closes over them, and each layer
+    looks its own weights up. Only their places are taken apart, as all other weights are.
+
+    Returns:
+      A list of arrays [R, ...], and a function of the list of one layer's to its weights.
+    """
+    leaves, structure = jax.tree.flatten(own, is_leaf=lambda w: isinstance(w, MixedPlanes))
+    apart = [(w.stack, w.slot) if isinstance(w, MixedPlanes) else w for w in leaves]
+
+    def together(values):
+        one = [
+            replace(w, stack=v[0], slot=v[1]) if isinstance(w, MixedPlanes) else v
+            for w, v in zip(leaves, values, strict=True)
+        ]
+        return jax.tree.unflatten(structure, one)
+
+    return apart, together
 
 
 def init(decoder: Decoder, key: jax.Array) -> dict[str, Any]:

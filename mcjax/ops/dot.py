@@ -47,8 +47,11 @@ def dot(
     """
     if len(planes.shape) != 2 or x.shape[-1] != planes.shape[0]:
         raise ValueError(f"x {x.shape} does not multiply a weight of shape {planes.shape}")
-    if act_bits not in (None, 8, 16) or (act_bits and not isinstance(planes, BitPlanes)):
-        raise ValueError(f"act_bits must be None, or 8 or 16 with BitPlanes; got {act_bits}")
+    held = isinstance(planes, BitPlanes | MixedPlanes)
+    if act_bits not in (None, 8, 16) or (act_bits and not held):
+        raise ValueError(f"act_bits must be None, or 8 or 16 with planes; got {act_bits}")
+    if isinstance(planes, MixedPlanes):
+        return planes.choose(lambda one: dot(x, one, act_bits, product))
     if not isinstance(planes, BitPlanes):
         return jnp.dot(x, dense(planes, x.dtype))
     rows = x.reshape(-1, x.shape[-1])

@@ -29,7 +29,14 @@ from jax.experimental.pallas import triton as pltriton
 
 from mcjax.bitplane import WORD, BitPlanes, MixedPlanes
 from mcjax.ops.grouped import expert_map
-from mcjax.ops.pallas import Plan, decode, plan_blocks, stacks_of
+from mcjax.ops.pallas import (
+    Plan,
+    decode,
+    dequantized_dot,
+    places_of,
+    plan_blocks,
+    stacks_of,
+)
 
 _TILE = 4  # groups that a program multiplies at once
 _BLOCK_OUT = 128
@@ -62,7 +69,6 @@ def expert_dots(
     index: jax.Array,
     keep: jax.Array | None = None,
     act_bits: int | None = None,
-    draft: int | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, ...]:
     """Rows times their experts, for several weights of one shape and allocation at once.
@@ -73,14 +79,13 @@ def expert_dots(
       index: int [N], each row's expert.
       keep: bool [N] or None for all.
       act_bits: 8 to round to int8, None for 16 bits.
-      draft: most planes of an expert to read, None for all.
       interpret: run in Pallas' interpreter, on any platform.
 
     Returns:
       For each weight [N, d_out] of x's dtype; zeros where a row is not kept.
     """
     return _call(
-        _dots, _reference_dots, _Config(act_bits, draft, interpret), x, weights, index, keep
+        _dots, _reference_dots, _Config(act_bits, interpret), x, weights, index, keep
     )
 
 
@@ -90,7 +95,6 @@ def swiglu(
     index: jax.Array,
     keep: jax.Array | None = None,
     act_bits: int | None = None,
-    draft: int | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """``down(silu(gate(x)) * up(x))`` of each row's expert; `weights` are gate, up and down.
@@ -98,7 +102,7 @@ def swiglu(
     Otherwise as `expert_dots`.
     """
     return _call(
-        _swiglu, _reference_swiglu, _Config(act_bits, draft, interpret), x, weights, index, keep
+        _swiglu, _reference_swiglu, _Config(act_bits, interpret), x, weights, index, keep
     )
 
 
@@ -106,7 +110,6 @@ class _Config(NamedTuple):
     """What is fixed when a product is traced; see `expert_dots`."""
 
     act_bits: int | None
-    draft: int | None
     interpret: bool
 
     @property
@@ -135,20 +138,13 @@ _call.defvjp(_forward, _backward)
 
 def _reference_dots(config, x, weights, index, keep):
     x = jnp.repeat(x, index.shape[0] // x.shape[0], axis=0)
-    dot = partial(_reference_dot, config.draft)
-    return tuple(expert_map(dot, (planes,), x, index, keep) for planes in weights)
+    return tuple(expert_map(dequantized_dot, (planes,), x, index, keep) for planes in weights)
 
 
 def _reference_swiglu(config, x, weights, index, keep):
     *raising, down = weights
     gate, up = _reference_dots(config, x, raising, index, keep)
     return _reference_dots(config, jax.nn.silu(gate) * up, (down,), index, keep)[0]
-
-
-def _reference_dot(draft, weights, rows):
-    (planes,) = weights
-    width = planes.bits if draft is None else min(draft, planes.bits)
-    return jnp.dot(rows, planes.slice(width).dequantize(rows.dtype))
 
 
 def _dots(config, x, weights, index, keep):
@@ -186,9 +182,7 @@ def _plan(x, planes, index, keep) -> Plan:
         keep = jnp.ones(rows, bool) if keep is None else keep
         plan = plan_blocks(planes, index, keep, block_rows)
         return plan._replace(source=plan.source // each)
-    mixed = isinstance(planes, MixedPlanes)
-    location = planes.location if mixed else [(0, e) for e in range(experts)]
-    owner, slot = (jnp.asarray(of, jnp.int32)[index] for of in zip(*location, strict=True))
+    owner, slot = (place[index] for place in places_of(planes))
     if keep is not None:
         owner = jnp.where(keep, owner, len(stacks_of(planes)))
     return Plan(jnp.arange(rows, dtype=jnp.int32) // each, None, owner, slot, jnp.empty((0, 2)))
@@ -256,16 +250,18 @@ def _round_kernel(words, limbs, parts, packed, scale):
 
 def _multiply(config, rows: Rounded, weights: Weights, plan: Plan) -> jax.Array:
     """Partial sums float32 [splits, weights, rows of blocks, d_out]."""
-    stacks = [stacks_of(planes) for planes in weights]
+    # Whole stacks, of which the kernel reads the planes of these widths: slices would be copies.
+    stacks = [
+        planes.stacks if isinstance(planes, MixedPlanes) else (planes,) for planes in weights
+    ]
+    most = getattr(weights[0], "most", None)
     d_out = weights[0].shape[-1]
     blocks = plan.slots.shape[0]
     block_rows = plan.source.shape[0] // blocks
     tiles = rows.scale.shape[1] // _TILE
     columns = pl.cdiv(d_out, _BLOCK_OUT)
     splits = max(1, min(tiles, _PROGRAMS // (blocks * columns * len(weights))))
-    widths = [
-        stack.bits if config.draft is None else min(config.draft, stack.bits) for stack in stacks[0]
-    ]
+    widths = [stack.bits if most is None else min(most, stack.bits) for stack in stacks[0]]
     held = [
         (stack.planes, stack.tables[stack.widths.index(width)])
         for every in stacks

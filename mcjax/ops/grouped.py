@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from mcjax.bitplane import BitPlanes, MixedPlanes
@@ -32,9 +31,8 @@ def expert_map(
 
     Args:
       function: (one expert's weights, rows [block, d_in]) -> [block, d_out], row by row; hashable
-        and without captured arrays. Planes are given to it as `BitPlanes` of one width.
-      weights: arrays or planes of logical shape [E, d_in, d_out]; those in `MixedPlanes` share one
-        allocation. The last one's d_out is the result's.
+        and without captured arrays.
+      weights: arrays or planes of logical shape [E, ...]. The last one's d_out is the result's.
       x: [N, d_in].
       index: int [N], each row's expert.
       keep: bool [N] or None for all.
@@ -49,7 +47,7 @@ def expert_map(
     return _expert_map(function, min(block, index.shape[0]), weights, x, index, keep)
 
 
-class _Groups(NamedTuple):
+class Groups(NamedTuple):
     """Which rows each expert has: `order` lists them expert by expert.
 
     Attributes:
@@ -67,11 +65,12 @@ class _Groups(NamedTuple):
     rows_of: jax.Array
 
 
-def _group(index, keep, num_experts) -> _Groups:
+def group_rows(index: jax.Array, keep: jax.Array, num_experts: int) -> Groups:
+    """Groups rows of the experts int `index` [N], those that `keep` bool [N] says."""
     key = jnp.where(keep, index, num_experts)
     expert = jnp.arange(num_experts)
     count = jnp.sum(key == expert[:, None], axis=1)
-    return _Groups(
+    return Groups(
         jnp.argsort(count == 0, stable=True),
         jnp.sum(count > 0),
         jnp.argsort(key, stable=True),
@@ -81,7 +80,7 @@ def _group(index, keep, num_experts) -> _Groups:
     )
 
 
-def _loop(groups: _Groups, block, weights, visit, carry):
+def _loop(groups: Groups, block, weights, visit, carry):
     """Visits every block of every active expert: ``visit(one, expert, start, valid, carry)``.
 
     `one` is the expert's weights, `start` the block's first place in `order`, `valid` which of its
@@ -100,60 +99,35 @@ def _loop(groups: _Groups, block, weights, visit, carry):
 
             return lax.fori_loop(0, -(-rows_of // block), one_block, carry)
 
-        return select_expert(weights, expert, blocks)
+        return blocks(_at(weights, expert))
 
     return lax.fori_loop(0, groups.num_active, one_expert, carry)
 
 
-def _sorted(rows, groups: _Groups, block):
+def _sorted(rows, groups: Groups, block):
     """Rows [N, ...] as `order` lists them, with room for a block to begin at any of them."""
     return jnp.pad(rows[groups.order], ((0, block), (0, 0)))
 
 
-def _unsorted(rows, groups: _Groups, keep):
+def _unsorted(rows, groups: Groups, keep):
     """The inverse of `_sorted`, 0 where a row is not kept."""
     place = jnp.zeros_like(groups.order).at[groups.order].set(jnp.arange(len(keep)))
     return jnp.where(keep[:, None], rows[place], 0)
 
 
-def select_expert(weights: tuple[Weight, ...], expert: jax.Array, function: Callable) -> Any:
-    """`function` of the tuple of one expert's weights, the expert being traced.
-
-    Raises:
-      ValueError: if several `MixedPlanes` differ in their allocation.
-    """
-    mixed = [w for w in weights if isinstance(w, MixedPlanes)]
-    if not mixed:
-        return function(_at(weights, expert))
-    allocation = mixed[0].allocation
-    if any(w.allocation != allocation for w in mixed):
-        raise ValueError(f"weights of one expert differ in width: {[w.allocation for w in mixed]}")
-    place = np.array(mixed[0].location)
-
-    def branch(s):
-        def with_width(slot):
-            one = [
-                _at(w.stacks[s], slot) if isinstance(w, MixedPlanes) else _at(w, expert)
-                for w in weights
-            ]
-            return function(tuple(one))
-
-        return with_width
-
-    stack, slot = jnp.asarray(place).T
-    branches = [branch(s) for s in range(len(mixed[0].stacks))]
-    return lax.switch(_at(stack, expert), branches, _at(slot, expert))
-
-
 def _at(tree: Any, i: jax.Array) -> Any:
-    """Entry i >= 0 of the first axis of every array."""
+    """Entry i >= 0 of the first axis of every array; of `MixedPlanes` the weight i."""
     index = partial(lax.dynamic_index_in_dim, keepdims=False, allow_negative_indices=False)
-    return jax.tree.map(lambda leaf: index(leaf, i), tree)
+    return jax.tree.map(
+        lambda leaf: leaf.at(i) if isinstance(leaf, MixedPlanes) else index(leaf, i),
+        tree,
+        is_leaf=lambda leaf: isinstance(leaf, MixedPlanes),
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _expert_map(function, block, weights, x, index, keep):
-    groups = _group(index, keep, weights[0].shape[0])
+    groups = group_rows(index, keep, weights[0].shape[0])
     rows = _sorted(x, groups, block)
 
     def visit(one, expert, start, valid, out):
@@ -171,7 +145,7 @@ def _forward(function, block, weights, x, index, keep):
 def _backward(function, block, residuals, cotangent):
     weights, x, index, keep = residuals
     trained = not any(isinstance(w, BitPlanes | MixedPlanes) for w in weights)
-    groups = _group(index, keep, weights[0].shape[0])
+    groups = group_rows(index, keep, weights[0].shape[0])
     rows, changes = _sorted(x, groups, block), _sorted(cotangent, groups, block)
 
     def visit(one, expert, start, valid, carry):

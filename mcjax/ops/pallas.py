@@ -29,7 +29,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from mcjax import tables as tables_lib
 from mcjax.bitplane import WORD, BitPlanes, MixedPlanes
-from mcjax.ops.grouped import _group, expert_map
+from mcjax.ops.grouped import expert_map, group_rows
 
 TARGETS = ("gpu", "tpu")
 
@@ -126,7 +126,9 @@ def grouped_dot(
             raise ValueError(f"{name} must be a power of two, got {size}")
     target = "gpu" if interpret and target is None else target
     width = max(stack.bits for stack in stacks_of(planes))
-    fits = x.shape[0] > 0 and supported(planes.shape, planes.group_size, width, x.dtype)
+    most = max(stack.shape[0] for stack in stacks_of(planes))
+    held = (most, *planes.shape[1:])
+    fits = x.shape[0] > 0 and supported(held, planes.group_size, width, x.dtype)
     if not fits and target is not None:
         raise ValueError(
             f"no kernel for {x.dtype} rows {x.shape} times planes of shape {planes.shape}, groups "
@@ -169,17 +171,32 @@ _grouped_dot.defvjp(_forward, _backward)
 
 def reference(x: jax.Array, planes: BitPlanes | MixedPlanes, index, keep) -> jax.Array:
     """What the kernels compute, in plain JAX."""
-    return expert_map(_dequantized_dot, (planes,), x, index, keep)
+    return expert_map(dequantized_dot, (planes,), x, index, keep)
 
 
-def _dequantized_dot(weights, rows):
+def dequantized_dot(weights, rows):
+    """Rows times the one weight, dequantised."""
     (weight,) = weights
+    if isinstance(weight, MixedPlanes):
+        return weight.choose(lambda one: dequantized_dot((one,), rows))
     return jnp.dot(rows, weight.dequantize(rows.dtype))
 
 
 def stacks_of(planes: BitPlanes | MixedPlanes) -> tuple[BitPlanes, ...]:
-    """The planes of each width."""
-    return planes.stacks if isinstance(planes, MixedPlanes) else (planes,)
+    """The planes of each width, as many as are read."""
+    if not isinstance(planes, MixedPlanes):
+        return (planes,)
+    if planes.most is None:
+        return planes.stacks
+    return tuple(stack.slice(min(planes.most, stack.bits)) for stack in planes.stacks)
+
+
+def places_of(planes: BitPlanes | MixedPlanes) -> tuple[jax.Array, jax.Array]:
+    """Each expert's stack and its slot there, int32 [E]."""
+    if isinstance(planes, MixedPlanes):
+        return planes.stack, planes.slot
+    slot = jnp.arange(planes.shape[0], dtype=jnp.int32)
+    return jnp.zeros_like(slot), slot
 
 
 class Plan(NamedTuple):
@@ -203,16 +220,18 @@ class Plan(NamedTuple):
 def plan_blocks(planes, index, keep, block_rows: int) -> Plan:
     """Puts rows of the experts int `index` [N], those that `keep` bool [N] says, into blocks."""
     rows, experts = index.shape[0], planes.shape[0]
-    sizes = [stack.shape[0] for stack in stacks_of(planes)]
-    edges = np.cumsum([0, *sizes])
-    slot = np.concatenate([np.arange(size) for size in sizes])
-    if isinstance(planes, MixedPlanes):
-        rank = jnp.asarray([edges[s] + place for s, place in planes.location], jnp.int32)
-        index = rank[index]
+    stack, slot = places_of(planes)
+    by_stack = jnp.argsort(stack, stable=True)
+    index = jnp.zeros(experts, jnp.int32).at[by_stack].set(jnp.arange(experts, dtype=jnp.int32))[
+        index
+    ]
+    stack, slot = stack[by_stack], slot[by_stack]
+    count = len(stacks_of(planes))
+    edges = jnp.searchsorted(stack, jnp.arange(count + 1))
     # An expert's last block may be all but one row filling. One block more than can be used is
     # where a kernel without blocks may write.
     blocks = (rows + min(experts, rows) * (block_rows - 1)) // block_rows + 1
-    groups = _group(index, keep, experts)
+    groups = group_rows(index, keep, experts)
     blocks_of = pl.cdiv(groups.rows_of, block_rows)
     end = jnp.cumsum(blocks_of)
     start = end - blocks_of
@@ -222,10 +241,11 @@ def plan_blocks(planes, index, keep, block_rows: int) -> Plan:
     place = jnp.where(keep, place, blocks * block_rows).astype(jnp.int32)
     source = jnp.full(blocks * block_rows, rows, jnp.int32).at[place].set(numbers, mode="drop")
     expert = jnp.searchsorted(end, jnp.arange(blocks), side="right")
-    owner = jnp.searchsorted(edges[1:], expert, side="right").astype(jnp.int32)
-    slots = jnp.asarray(slot, jnp.int32)[jnp.minimum(expert, experts - 1)]
-    first = start[edges[:-1]]
-    spans = jnp.stack([first, end[edges[1:] - 1] - first], axis=1)
+    last = jnp.minimum(expert, experts - 1)
+    owner = jnp.where(expert < experts, stack[last], count).astype(jnp.int32)
+    slots = slot[last].astype(jnp.int32)
+    before = jnp.concatenate([jnp.zeros_like(end[:1]), end])[edges]
+    spans = jnp.stack([before[:-1], jnp.diff(before)], axis=1)
     return Plan(source, place, owner, slots, spans.astype(jnp.int32))
 
 
