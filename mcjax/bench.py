@@ -21,37 +21,39 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
 from mcjax import bitplane, serving
 from mcjax import tables as tables_lib
 from mcjax.bitplane import BitPlanes
 from mcjax.compress import compress
-from mcjax.convert import HuggingFaceFolder
 from mcjax.demo import EMBEDDED
 from mcjax.generate import decode, prefill
-from mcjax.models.config import MixtralConfig
-from mcjax.models.mixtral import Mixtral, PlaneSpec, empty_cache
+from mcjax.models import weights
+from mcjax.models.decoder import Decoder
+from mcjax.models.families import describe
+from mcjax.models.language_model import LanguageModel
 from mcjax.ops import dot, expert_dot
 from mcjax.sampling import Sampling
 
 SHAPE = (4096, 14336)
 """d_in, d_out of the products: up and gate of a Mixtral-8x7B expert."""
 
-MOE = MixtralConfig(
-    vocab_size=8192,
-    hidden_size=1024,
-    intermediate_size=1792,
-    num_hidden_layers=4,
-    num_attention_heads=16,
-    num_key_value_heads=4,
-    head_dim=64,
-    num_local_experts=8,
-    num_experts_per_tok=2,
-    max_position_embeddings=1024,
-    tie_word_embeddings=True,
-)
-"""The model that decoding and prefill are timed on: 195 million parameters, random ones."""
+MOE = {
+    "model_type": "mixtral",
+    "vocab_size": 8192,
+    "hidden_size": 1024,
+    "intermediate_size": 1792,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": True,
+}
+"""config.json of the model that decoding and prefill are timed on: 195 million parameters, random
+ones."""
 
 BUDGET = 2
 _PROMPT = 512
@@ -236,38 +238,33 @@ def experts(repeats: int) -> list[dict[str, Any]]:
         planes = random_planes(jax.random.fold_in(key, k), (e, d_in, d_out), k)
         ours = jax.jit(partial(expert_dot, act_bits=8))
         candidates[f"mcjax {k} bits, int8 activations"] = partial(ours, x, planes, index)
-    mixed = bitplane.MixedPlanes(
-        stacks=tuple(
-            jax.tree.map(lambda a: a[:4], random_planes(key, (e, d_in, d_out), k)) for k in (1, 3)
-        ),
-        allocation=(1, 3) * 4,
-    )
+    stacks = [
+        jax.tree.map(lambda a: a[:4], random_planes(key, (e, d_in, d_out), k)) for k in (1, 3)
+    ]
+    mixed = bitplane.mixed(stacks, (1, 3) * 4)
     candidates["mcjax 1 and 3 bits, int8 activations"] = partial(ours, x, mixed, index)
     return timed(candidates, repeats)
 
 
 def served_moe(
-    act_bits: int | None = 8, config: MixtralConfig | None = None
-) -> tuple[Mixtral, Any]:
-    """`config`, or `MOE`, from planes of random bits.
+    act_bits: int | None = 8, config: Mapping[str, Any] = MOE
+) -> tuple[LanguageModel, Any]:
+    """The model of a config from planes of random bits.
 
     Half of its experts are a bit above and half a bit below `BUDGET`. What is not in planes is
     bfloat16, as in an artifact.
     """
-    config = config or MOE
-    per_layer = (BUDGET + 1, BUDGET - 1) * (config.num_local_experts // 2)
-    spec = PlaneSpec(allocation=(per_layer,) * config.num_hidden_layers, attention=4)
-    module = Mixtral(config, planes=spec, act_bits=act_bits)
-    return module, random_params(module, _TOKENS, jnp.bfloat16)
+    module = LanguageModel(describe(config)[1], act_bits=act_bits)
+    return module, random_params(module.decoder, jnp.bfloat16, (BUDGET + 1, BUDGET - 1))
 
 
-def dense_moe() -> tuple[Mixtral, Any]:
+def dense_moe() -> tuple[LanguageModel, Any]:
     """`MOE` with dense random weights, each routed expert a product of its own."""
-    module = Mixtral(MOE)
-    return module, random_params(module, _TOKENS, jnp.float32)
+    module = LanguageModel(describe(MOE)[1])
+    return module, random_params(module.decoder, jnp.float32)
 
 
-def _models() -> dict[str, tuple[Mixtral, Any]]:
+def _models() -> dict[str, tuple[LanguageModel, Any]]:
     return {
         "dense float32": dense_moe(),
         f"mcjax {BUDGET} bits, int8 activations": served_moe(),
@@ -276,27 +273,50 @@ def _models() -> dict[str, tuple[Mixtral, Any]]:
     }
 
 
-_TOKENS = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+def random_params(decoder: Decoder, dtype: Any, widths: Sequence[int] = (), other: int = 4) -> Any:
+    """Parameters of a model: random arrays of `dtype` or, with widths, random planes.
 
+    Args:
+      decoder: the model.
+      dtype: of arrays.
+      widths: of experts, which take them in turns; none for a dense model.
+      other: of the other products' weights.
+    """
 
-def random_params(module: nn.Module, inputs: jax.ShapeDtypeStruct, dtype: Any) -> Any:
-    """Parameters of a module of the given inputs: random planes and, in `dtype`, random arrays."""
-    like = jax.eval_shape(module.init, jax.random.key(0), inputs)["params"]
-
-    def fill(path, leaf):
-        name = jax.tree_util.keystr(path)
-        rng = np.random.default_rng(zlib.crc32(name.encode()))
-        if isinstance(leaf, BitPlanes):
-            return _fill(rng, leaf)
-        if name.endswith("['scale']"):
-            return jnp.asarray(np.ones(leaf.shape, dtype))
-        d_in = leaf.shape[-1 if name in ("['embedding']", "['head']") else -2]
-        values = rng.standard_normal(leaf.shape, np.float32) * d_in**-0.5
+    def array(rng, role, layers=()):
+        shape = (*layers, *role.shape)
+        if role.path[-1].endswith("norm"):
+            return jnp.ones(shape, dtype)
+        outer = role.path[-1] in ("embedding", "head")
+        values = rng.standard_normal(shape, np.float32) * shape[-1 if outer else -2] ** -0.5
         return jnp.asarray(values.astype(dtype))
 
-    return jax.tree_util.tree_map_with_path(
-        fill, like, is_leaf=lambda leaf: isinstance(leaf, BitPlanes)
-    )
+    def generator(path):
+        return np.random.default_rng(zlib.crc32(".".join(path).encode()))
+
+    params: dict[str, Any] = {}
+    for role in weights.rest(decoder):
+        weights.put(params, role.path, array(generator(role.path), role))
+    for member in weights.members(decoder):
+        count, paths = len(member.numbers), set()
+        if widths:
+            paths = {role.path for role in weights.budgeted(decoder, member.layer)}
+        for role in weights.roles(member.layer, decoder.width):
+            path = member.path + role.path
+            rng, shape = generator(path), role.shape[-2:]
+            if role.path in paths:
+                each = np.resize(widths, (count, *role.shape[:-2]))
+                stacks = [
+                    _fill(rng, bitplane.empty((int((each == k).sum()), *shape), int(k)))
+                    for k in np.unique(each)
+                ]
+                made: Any = bitplane.mixed(stacks, each)
+            elif widths and role.tap is not None:
+                made = _fill(rng, bitplane.empty((count, *role.shape), other))
+            else:
+                made = array(rng, role, (count,))
+            weights.put(params, path, made)
+    return params
 
 
 def decoding(
@@ -328,9 +348,9 @@ def decoding(
     return rows
 
 
-def write_tokens(module: Mixtral, params: Any, steps: int) -> jax.Array:
+def write_tokens(module: LanguageModel, params: Any, steps: int) -> jax.Array:
     """The likeliest token int32 [1] after `steps` of them, in a cache of 512 tokens."""
-    cache = empty_cache(MOE, 1, _PROMPT, module.dtype)
+    cache = module.empty_cache(1, _PROMPT)
     token, greedy = np.zeros(1, np.int32), Sampling()
     for i in range(steps):
         position = np.full(1, i, np.int32)  # NumPy's: no small programs beside the one that counts
@@ -340,11 +360,11 @@ def write_tokens(module: Mixtral, params: Any, steps: int) -> jax.Array:
 
 def prefilling(repeats: int) -> list[dict[str, Any]]:
     """Reading a prompt of 512 tokens."""
-    prompt = jax.random.randint(jax.random.key(1), (1, _PROMPT), 0, MOE.vocab_size)
+    prompt = jax.random.randint(jax.random.key(1), (1, _PROMPT), 0, MOE["vocab_size"])
     greedy, length = Sampling(), jnp.full(1, _PROMPT)
 
     def run(module, params):
-        cache = empty_cache(MOE, 1, _PROMPT, module.dtype)
+        cache = module.empty_cache(1, _PROMPT)
         return prefill(module, params, prompt, length, cache, None, greedy)[0]
 
     return timed({name: partial(run, *model) for name, model in _models().items()}, repeats)
@@ -356,7 +376,7 @@ def loading(repeats: int) -> list[dict[str, Any]]:
         artifact = Path(folder) / "artifact"
         compress(EMBEDDED, artifact, EMBEDDED / "calibration.txt", samples=4, seq_len=128)
         candidates: dict[str, Callable] = {
-            "safetensors": lambda: HuggingFaceFolder(EMBEDDED).read(np.float32)
+            "safetensors": lambda: serving.load(EMBEDDED).params
         }
         for k in (1, 2, 4):
             candidates[f"artifact, {k} bits"] = lambda k=k: serving.load(artifact, bits=k).params

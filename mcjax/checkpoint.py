@@ -33,7 +33,7 @@ from mcjax.hub import read_json
 from mcjax.models import weights
 from mcjax.models.decoder import Decoder, Routed
 from mcjax.models.families import describe
-from mcjax.models.weights import Role, layer_name, segment_name
+from mcjax.models.weights import Role
 from mcjax.odp import PruningStatistics
 
 FORMAT_VERSION = 4
@@ -301,25 +301,22 @@ def read_layers(
     """
     decoder, room = reader.decoder, _Room(reader)
     group_size = reader.manifest["group_size"]
-    numbers = weights.budgeted_layers(decoder)
     params: dict[str, Any] = {}
     by_layer: dict[int, list[Callable]] = {i: [] for i in range(len(decoder.layers))}
-    for s, segment in enumerate(decoder.segments):
-        for member, layer in enumerate(segment.period):
-            mine = [i for i, p in enumerate(decoder.places) if p[:2] == (s, member)]
-            paths = {role.path for role in weights.budgeted(decoder, layer)}
-            for role in weights.roles(layer, decoder.width):
-                if role.path in paths:
-                    widths = np.array([allocation[numbers.index(i)] for i in mine])
-                    widths = widths if role.routed else widths[:, 0]
-                    made, fills = _mixed(room, role, mine, widths, group_size)
-                elif role.tap is not None:
-                    made, fills = _uniform(room, role, mine, other_bits, group_size)
-                else:
-                    made, fills = _plain(room, role, mine)
-                weights.put(params, (segment_name(s), layer_name(member), *role.path), made)
-                for i, fill in zip(mine, fills, strict=True):
-                    by_layer[i].append(fill)
+    for member in weights.members(decoder):
+        mine = member.numbers
+        paths = {role.path for role in weights.budgeted(decoder, member.layer)}
+        for role in weights.roles(member.layer, decoder.width):
+            if role.path in paths:
+                widths = weights.widths_of(decoder, member, role, allocation)
+                made, fills = _mixed(room, role, mine, widths, group_size)
+            elif role.tap is not None:
+                made, fills = _uniform(room, role, mine, other_bits, group_size)
+            else:
+                made, fills = _plain(room, role, mine)
+            weights.put(params, member.path + role.path, made)
+            for i, fill in zip(mine, fills, strict=True):
+                by_layer[i].append(fill)
     for fills in by_layer.values():  # by layers, which bounds what is read at once
         for fill in fills:
             fill()
@@ -327,7 +324,7 @@ def read_layers(
     return jax.tree.map(jnp.asarray, params)
 
 
-def _plain(room: _Room, role: Role, layers: list[int]):
+def _plain(room: _Room, role: Role, layers: Sequence[int]):
     """An array [R, ...] of the stored type, and what fills each layer's part."""
     probe = room.reader.dtype(f"layers/{layers[0]}", role.name)
     made = room.empty((len(layers), *role.shape), probe)
@@ -336,7 +333,7 @@ def _plain(room: _Room, role: Role, layers: list[int]):
     ]
 
 
-def _uniform(room: _Room, role: Role, layers: list[int], bits: int, group_size: int | None):
+def _uniform(room: _Room, role: Role, layers: Sequence[int], bits: int, group_size: int | None):
     """`BitPlanes` [R, ...] of one width, and what fills each layer's part."""
     made = _empty_planes(room, (len(layers), *role.shape), (bits,), group_size)
 
@@ -348,7 +345,7 @@ def _uniform(room: _Room, role: Role, layers: list[int], bits: int, group_size: 
     return made, [partial(fill, r, i) for r, i in enumerate(layers)]
 
 
-def _mixed(room: _Room, role: Role, layers: list[int], widths: np.ndarray, group_size: int | None):
+def _mixed(room: _Room, role: Role, layers: Sequence[int], widths: np.ndarray, group_size: int | None):
     """`MixedPlanes` [R, ...] of the widths int [R, ...], and what fills each layer's part."""
     stack, slot = places(widths)
     shape = role.shape[-2:]
@@ -388,21 +385,17 @@ def refine_layers(
       New parameters; no array of the given ones changes.
     """
     decoder = reader.decoder
-    numbers = weights.budgeted_layers(decoder)
     params = jax.tree.map(lambda a: a, params)
-    for s, segment in enumerate(decoder.segments):
-        for member, layer in enumerate(segment.period):
-            mine = [i for i, p in enumerate(decoder.places) if p[:2] == (s, member)]
-            for role in weights.budgeted(decoder, layer):
-                widths = np.array([allocation[numbers.index(i)] for i in mine])
-                widths = widths if role.routed else widths[:, 0]
-                path = (segment_name(s), layer_name(member), *role.path)
-                held = weights.get(params, path)
-                weights.put(params, path, _refined(reader, role, mine, held, widths))
+    for member in weights.members(decoder):
+        for role in weights.budgeted(decoder, member.layer):
+            widths = weights.widths_of(decoder, member, role, allocation)
+            held = weights.get(params, member.path + role.path)
+            made = _refined(reader, role, member.numbers, held, widths)
+            weights.put(params, member.path + role.path, made)
     return params
 
 
-def _refined(reader, role: Role, layers: list[int], held: MixedPlanes, widths) -> MixedPlanes:
+def _refined(reader, role: Role, layers: Sequence[int], held: MixedPlanes, widths) -> MixedPlanes:
     before, (stack, slot) = held.allocation, places(widths)
     old = np.asarray(held.stack), np.asarray(held.slot)
     stacks = []
@@ -468,26 +461,23 @@ def read_draft_tables(reader: ArtifactReader, params: Any, draft: int) -> dict[s
     """
     decoder = reader.decoder
     params = jax.tree.map(lambda a: a, params)
-    for s, segment in enumerate(decoder.segments):
-        for member, layer in enumerate(segment.period):
-            mine = [i for i, p in enumerate(decoder.places) if p[:2] == (s, member)]
-            for role in weights.budgeted(decoder, layer):
-                path = (segment_name(s), layer_name(member), *role.path)
-                held = weights.get(params, path)
-                stacks, leaf = [], f"{role.name}.table_{draft}"
-                for t, stack in enumerate(held.stacks):
-                    if stack.bits > draft:
-                        rows = np.argwhere(np.asarray(held.stack) == t)
-                        values = reader.read(
-                            (f"layers/{mine[row[0]]}", leaf, row[1] if len(row) > 1 else None)
-                            for row in map(tuple, rows)
-                        )
-                        tables = jnp.asarray(np.stack(values)), stack.tables[-1]
-                        stack = replace(
-                            stack, tables=tables, widths=draft_widths(stack.bits, draft)
-                        )
-                    stacks.append(stack)
-                weights.put(params, path, replace(held, stacks=tuple(stacks), most=draft))
+    for member in weights.members(decoder):
+        for role in weights.budgeted(decoder, member.layer):
+            held = weights.get(params, member.path + role.path)
+            stacks, leaf = [], f"{role.name}.table_{draft}"
+            for t, stack in enumerate(held.stacks):
+                if stack.bits > draft:
+                    rows = map(tuple, np.argwhere(np.asarray(held.stack) == t))
+                    values = reader.read(
+                        (f"layers/{member.numbers[row[0]]}", leaf, row[1] if row[1:] else None)
+                        for row in rows
+                    )
+                    tables = jnp.asarray(np.stack(values)), stack.tables[-1]
+                    widths = draft_widths(stack.bits, draft)
+                    stack = replace(stack, tables=tables, widths=widths)
+                stacks.append(stack)
+            made = replace(held, stacks=tuple(stacks), most=draft)
+            weights.put(params, member.path + role.path, made)
     return params
 
 

@@ -20,9 +20,11 @@ from mcjax import checkpoint, pmq, serving, text
 from mcjax.atomic import whole
 from mcjax.baseline import dedicated_gptq
 from mcjax.compress import compress
-from mcjax.convert import HuggingFaceFolder
 from mcjax.generate import Sampling, generate_text
-from mcjax.models import Mixtral
+from mcjax.hub import Folder
+from mcjax.models import weights
+from mcjax.models.decoder import Decoder
+from mcjax.models.language_model import LanguageModel
 from mcjax.report import describe, plot
 
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -92,20 +94,20 @@ def measure(
     Returns:
       `full`, the 16-bit perplexity; `rows`, one dict a budget; `pruning`, one a policy; bytes.
     """
-    folder = HuggingFaceFolder(EMBEDDED)
-    config, params = folder.config, folder.read(np.float32)
-    module = Mixtral(config)
+    folder = Folder(EMBEDDED)
+    decoder, params = folder.decoder, folder.read(np.float32)
+    module = LanguageModel(decoder)
     manifest = checkpoint.read_manifest(artifact)
     stats = serving.statistics(manifest)
 
     def read(name):
-        tokens = text.encode_file(folder.tokenizer_path, EMBEDDED / name, config.vocab_size)
+        tokens = text.encode_file(folder.tokenizer_path, EMBEDDED / name, decoder.vocab_size)
         return text.windows(tokens, _SEQ_LEN)
 
     held_out = text.spread(read("held_out.txt"), windows)
     calibration = text.spread(read("calibration.txt"), manifest["calibration"]["windows"])
 
-    def perplexity(params, module=module):
+    def perplexity(params):
         return text.perplexity(module, params, held_out)
 
     # Every width dequantised once; an allocation then picks among them, in one compiled program.
@@ -124,11 +126,11 @@ def measure(
             "budget": budget,
             "effective_bits": model.effective_bits,
             "bytes_read": model.bytes_read,
-            "artifact": perplexity(_mixed(by_width, model.allocation))[0],
+            "artifact": perplexity(_mixed(decoder, by_width, model.allocation))[0],
         }
         if np.ptp(model.allocation):
             shuffled = [rng.permuted(model.allocation, axis=1) for _ in range(SHUFFLES)]
-            values = [perplexity(_mixed(by_width, widths))[0] for widths in shuffled]
+            values = [perplexity(_mixed(decoder, by_width, widths))[0] for widths in shuffled]
             row["shuffled"] = float(np.mean(values))
         if budget in stats.bits:
             rival = np.full(stats.frequency.shape, int(budget))
@@ -139,15 +141,14 @@ def measure(
         rows.append(row)
 
     pruning = checkpoint.read_pruning(checkpoint.ArtifactReader(artifact))
-    served = _mixed(by_width, serving.load(artifact, _PRUNED_BUDGET).allocation)
+    served = _mixed(decoder, by_width, serving.load(artifact, _PRUNED_BUDGET).allocation)
     plain = {"16": facts["full"], f"{_PRUNED_BUDGET:g}": rows[2]["artifact"]}
     costs = []
     for bits, dense in progress(
         [("16", params), (f"{_PRUNED_BUDGET:g}", served)], description="ODP"
     ):
         for policy in ("affine", "paper"):
-            pruned = serving.with_pruning(dense, pruning, policy)
-            value, skipped = perplexity(pruned, module.clone(prune=policy))
+            value, skipped = perplexity(serving.with_pruning(decoder, dense, pruning, policy))
             costs.append(
                 {
                     "bits": bits,
@@ -261,17 +262,15 @@ def _dequantized(params: Any) -> Any:
     )
 
 
-def _mixed(by_width: Mapping[int, Any], allocation: np.ndarray) -> Any:
+def _mixed(decoder: Decoder, by_width: Mapping[int, Any], allocation: np.ndarray) -> Any:
     """Dense parameters whose every expert has its own width, from those of each width."""
     widths = sorted(by_width)
-    params = dict(by_width[widths[0]])
-    for i, row in enumerate(allocation):
-        name, pick = f"layer_{i}", np.searchsorted(widths, row)
-        experts = {
-            w: jnp.stack([by_width[k][name]["moe"]["experts"][w] for k in widths])[
-                pick, np.arange(len(row))
-            ]
-            for w in checkpoint.EXPERT_WEIGHTS
-        }
-        params[name] = {**params[name], "moe": {**params[name]["moe"], "experts": experts}}
+    params = jax.tree.map(lambda a: a, by_width[widths[0]])
+    for member in weights.members(decoder):
+        for role in weights.budgeted(decoder, member.layer):
+            path = member.path + role.path
+            own = weights.widths_of(decoder, member, role, allocation)
+            every = jnp.stack([weights.get(by_width[k], path) for k in widths])
+            made = every[np.searchsorted(widths, own), *np.indices(own.shape)]
+            weights.put(params, path, made)
     return params

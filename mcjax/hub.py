@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 
 from mcjax.models import weights
@@ -273,6 +274,43 @@ class Folder(Checkpoint):
                     f"{self.path} is a {kind} checkpoint ({name}), whose weights are quantised "
                     "already; give the model in bf16, f16 or f32, as its makers publish it"
                 )
+
+
+def write(
+    directory: str | Path, config: Mapping[str, Any], params: Any, dtype: Any = ml_dtypes.bfloat16
+) -> None:
+    """Writes dense parameters as config.json and model.safetensors that transformers reads.
+
+    Args:
+      directory: an existing folder.
+      config: what its config.json is to say, `model_type` with it.
+      params: of the `LanguageModel` that it describes.
+      dtype: of the stored weights.
+    """
+    from safetensors.numpy import save_file
+
+    directory = Path(directory)
+    page, decoder = describe(config)
+    tensors: dict[str, np.ndarray] = {}
+
+    def put(rule: Rule, tree: Any, prefix: str) -> None:
+        own = [np.asarray(weights.get(tree, tuple(path.split(".")))) for path in rule.paths]
+        for name, value in zip(rule.names, rule.write(own), strict=True):
+            several = "{e}" in name
+            for e, one in enumerate(value if several else [value]):
+                full = name if name.startswith("lm_head.") else prefix + name.format(e=e)
+                tensors[full] = np.ascontiguousarray(one.astype(dtype))
+
+    for rule in page.outside(decoder):
+        put(rule, params, PREFIXES[0])
+    for i, layer in enumerate(decoder.layers):
+        own = weights.of_layer(decoder, params, i)
+        for entry in page.tensors(layer):
+            for rule in [entry] if isinstance(entry, Rule) else entry[0]:
+                put(rule, own, f"{PREFIXES[0]}layers.{i}.")
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    config = {**config, "dtype": np.dtype(dtype).name}
+    (directory / "config.json").write_text(json.dumps(config, indent=2))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -277,19 +277,16 @@ def with_pruning(
         return params
     params = jax.tree.map(lambda a: a, params)
     routed = [i for i, layer in enumerate(decoder.layers) if isinstance(layer.block, Routed)]
-    for s, segment in enumerate(decoder.segments):
-        for member, layer in enumerate(segment.period):
-            mine = [i for i, place in enumerate(decoder.places) if place[:2] == (s, member)]
-            if not isinstance(layer.block, Routed):
-                continue
-            own = [statistics[routed.index(i)] for i in mine]
-            ratio = np.stack([each.ratio for each in own])
-            more = {"threshold": jnp.asarray(odp.thresholds(ratio, quantile))}
-            if policy == "affine":
-                more["slope"] = jnp.asarray(np.stack([each.slope for each in own]), jnp.float32)
-                more["intercept"] = jnp.asarray(np.stack([each.intercept for each in own]))
-            path = (weights.segment_name(s), weights.layer_name(member), "block")
-            weights.get(params, path).update(more)
+    for member in weights.members(decoder):
+        if not isinstance(member.layer.block, Routed):
+            continue
+        own = [statistics[routed.index(i)] for i in member.numbers]
+        ratio = np.stack([each.ratio for each in own])
+        more = {"threshold": jnp.asarray(odp.thresholds(ratio, quantile))}
+        if policy == "affine":
+            more["slope"] = jnp.asarray(np.stack([each.slope for each in own]), jnp.float32)
+            more["intercept"] = jnp.asarray(np.stack([each.intercept for each in own]))
+        weights.get(params, (*member.path, "block")).update(more)
     return params
 
 

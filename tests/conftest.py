@@ -8,13 +8,13 @@ import time
 from pathlib import Path
 
 import jax
-import ml_dtypes
 import numpy as np
 import pytest
 
 from mcjax.compress import compress
-from mcjax.convert import write_hugging_face
-from mcjax.models import Mixtral, MixtralConfig
+from mcjax.hub import write
+from mcjax.models import weights
+from mcjax.models.families import describe
 
 # Workers, notebooks and commands compile much the same programs; each is compiled once a run.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -24,18 +24,20 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "train"))  # the scripts' own imports
 
-CONFIG = MixtralConfig(
-    vocab_size=300,
-    hidden_size=96,
-    intermediate_size=256,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    num_local_experts=5,
-    num_experts_per_tok=2,
-    max_position_embeddings=64,
-)
+CONFIG = {
+    "model_type": "mixtral",
+    "vocab_size": 300,
+    "hidden_size": 96,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 64,
+    "rope_theta": 1e6,
+}
 
 
 def pytest_collection_modifyitems(items):
@@ -67,11 +69,12 @@ def model_folder(tmp_path_factory, text_file):
     from tokenizers import ByteLevelBPETokenizer
 
     folder = tmp_path_factory.mktemp("model")
-    params = Mixtral(CONFIG).init(jax.random.key(0), np.zeros((1, 4), int))["params"]
-    # Two of the logits a, -a, b, -b are always positive, so expert 3 is never routed to.
-    a, b = params["layer_1"]["moe"]["router"][:, :2].T
-    params["layer_1"]["moe"]["router"] = np.stack([a, -a, b, 0 * a, -b], axis=1)
-    write_hugging_face(folder, CONFIG, params, ml_dtypes.bfloat16)
+    params = weights.init(describe(CONFIG)[1], jax.random.key(0))
+    block = params["segment_0"]["layer_0"]["block"]
+    # Two of the logits a, -a, b, -b are always positive, so expert 3 of layer 1 is never routed to.
+    first, (a, b) = block["router"][0], block["router"][1][:, :2].T
+    block["router"] = np.stack([first, np.stack([a, -a, b, 0 * a, -b], axis=1)])
+    write(folder, CONFIG, params)
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train([str(text_file)], vocab_size=300, show_progress=False)
     tokenizer.save(str(folder / "tokenizer.json"))

@@ -17,15 +17,15 @@ def bytes_from_disk():
 
 @pytest.mark.parametrize("precision", [{"bits": 1}, {"budget": 2.0}, {"bits": 3}])
 def test_slice_from_disk_equals_slice_in_memory(artifact, precision):
-    model = mcjax.load(artifact, **precision)
-    for i, widths in enumerate(model.spec.allocation):
-        for name, planes in model.params[f"layer_{i}"]["moe"]["experts"].items():
-            full = mcjax.load(artifact, bits=3).params[f"layer_{i}"]["moe"]["experts"][name]
-            assert planes.allocation == widths
-            codes = [np.asarray(s.codes()) for s in planes.stacks]
-            whole = np.asarray(full.stacks[0].codes())
-            for e, (stack, slot) in enumerate(planes.location):
-                np.testing.assert_array_equal(codes[stack][slot], whole[e] >> (3 - widths[e]))
+    model, full = mcjax.load(artifact, **precision), mcjax.load(artifact, bits=3)
+    own, every = (m.params["segment_0"]["layer_0"]["block"]["experts"] for m in (model, full))
+    for name, planes in own.items():
+        np.testing.assert_array_equal(planes.allocation, model.allocation)
+        codes = [np.asarray(s.codes()) for s in planes.stacks]
+        whole = np.asarray(every[name].stacks[0].codes())
+        for n, (i, e) in enumerate(np.ndindex(*model.allocation.shape)):
+            cut = whole[n] >> (3 - model.allocation[i, e])
+            np.testing.assert_array_equal(codes[planes.stack[i, e]][planes.slot[i, e]], cut)
     assert np.isfinite(model(TOKENS)).all()
 
 
@@ -37,6 +37,14 @@ def test_refined_equals_loaded_and_reads_only_the_difference(artifact):
     assert refined.bytes_read - low.bytes_read < high.expert_bytes_read
     again = refined.refine(bits=3)
     assert again.bytes_read == refined.bytes_read
+
+
+def test_refining_up_and_down_equals_loading(artifact):
+    model = mcjax.load(artifact, bits=1)
+    for precision in ({"budget": 1.5}, {"budget": 2.25}, {"budget": 1.25}, {"bits": 3}):
+        model = model.refine(**precision)
+        loaded = mcjax.load(artifact, **precision)
+        jax.tree.map(np.testing.assert_array_equal, model.params, loaded.params)
 
 
 def test_model_is_a_pytree(artifact):
@@ -76,7 +84,8 @@ def test_reads_what_the_precision_needs_and_hardly_more(artifact, bits):
     model = mcjax.load(artifact, bits=bits)
     assert bytes_from_disk() - before <= 1.05 * model.bytes_read
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
-    assert model.bytes_read == held
+    places = 3 * 2 * model.allocation.size * 4  # of gate, up and down: stack and slot, int32
+    assert model.bytes_read == held - places
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,9 @@ from mcjax.models.delta import Recurrent, delta
 from mcjax.models.norms import rms_norm
 from mcjax.ops import narrow_dot
 
-SOWN = ("router", "keep", "recurrent")
-"""Taps that come back as collections of their names: logits of routers, what pruning kept, and
-recurrent states after every token."""
+SOWN = ("router", "experts", "keep", "recurrent")
+"""Taps that come back as collections of their names: logits of routers, the
+experts that they chose, what pruning kept, and recurrent states after every token."""
 
 _MIXERS: dict[type, Any] = {Heads: heads, Latent: latent, Delta: delta}
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mcjax.bitplane import MixedPlanes
 from mcjax.models.decoder import Decoder, Delta, Dense, Heads, Latent, Layer, Routed
@@ -151,6 +152,33 @@ def layer_name(member: int) -> str:
     return f"layer_{member}"
 
 
+class Member(NamedTuple):
+    """The layers of one structure and place in a segment's period, whose weights are stacked.
+
+    Attributes:
+      path: keys to their weights.
+      layer: their structure.
+      numbers: which layers they are, in order.
+    """
+
+    path: tuple[str, str]
+    layer: Layer
+    numbers: tuple[int, ...]
+
+
+def members(decoder: Decoder) -> tuple[Member, ...]:
+    """Every stack of layers."""
+    first, found = 0, []
+    for s, segment in enumerate(decoder.segments):
+        period = len(segment.period)
+        end = first + period * segment.repeats
+        for m, layer in enumerate(segment.period):
+            path = segment_name(s), layer_name(m)
+            found.append(Member(path, layer, tuple(range(first + m, end, period))))
+        first = end
+    return tuple(found)
+
+
 def put(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
     """Puts a value into nested dicts, making those that are missing."""
     for key in path[:-1]:
@@ -184,13 +212,22 @@ def budgeted_layers(decoder: Decoder) -> tuple[int, ...]:
     return tuple(i for i, layer in enumerate(decoder.layers) if budgeted(decoder, layer))
 
 
+def widths_of(decoder: Decoder, member: Member, role: Role, allocation: Any) -> np.ndarray:
+    """An allocation [layers that a budget is about][experts] as the widths int [R, ...] of a role.
+
+    The dots are experts for routed ones, and nothing for a network that is its layer's one expert.
+    """
+    numbers = budgeted_layers(decoder)
+    widths = np.array([allocation[numbers.index(i)] for i in member.numbers])
+    return widths if role.routed else widths[:, 0]
+
+
 def expert_weights(decoder: Decoder, params: Any) -> list[Any]:
     """The weights that a budget is about, stacked over layers."""
     return [
-        get(params[segment_name(s)][layer_name(member)], role.path)
-        for s, segment in enumerate(decoder.segments)
-        for member, layer in enumerate(segment.period)
-        for role in budgeted(decoder, layer)
+        get(params, member.path + role.path)
+        for member in members(decoder)
+        for role in budgeted(decoder, member.layer)
     ]
 
 
@@ -207,14 +244,22 @@ def of_layer(decoder: Decoder, params: Any, i: int) -> Any:
 
 def stacked(decoder: Decoder, layers: Sequence[Any]) -> dict[str, Any]:
     """The inverse of `of_layer`, for arrays: trees of every layer to those of the segments."""
-    members: dict[tuple[int, int], list[Any]] = {}
-    for own, (s, member, _) in zip(layers, decoder.places, strict=True):
-        members.setdefault((s, member), []).append(own)
     params: dict[str, Any] = {}
-    for (s, member), each in members.items():
-        tree = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
-        put(params, (segment_name(s), layer_name(member)), tree)
+    for member in members(decoder):
+        each = [layers[i] for i in member.numbers]
+        put(params, member.path, jax.tree.map(lambda *leaves: jnp.stack(leaves), *each))
     return params
+
+
+def labels(decoder: Decoder, function: Callable[[Role], Any]) -> dict[str, Any]:
+    """A tree like the parameters with `function` of every weight's role."""
+    tree: dict[str, Any] = {}
+    for role in rest(decoder):
+        put(tree, role.path, function(role))
+    for member in members(decoder):
+        for role in roles(member.layer, decoder.width):
+            put(tree, member.path + role.path, function(role))
+    return tree
 
 
 def split_stacks(own: Any) -> tuple[list[Any], Callable[[Any], Any]]:
@@ -244,11 +289,10 @@ def init(decoder: Decoder, key: jax.Array) -> dict[str, Any]:
     params: dict[str, Any] = {}
     for n, role in enumerate(rest(decoder)):
         put(params, role.path, role.start(jax.random.fold_in(key, n), role.shape, jnp.float32))
-    for s, segment in enumerate(decoder.segments):
-        for member, layer in enumerate(segment.period):
-            of_layer = jax.random.fold_in(jax.random.fold_in(key, 1000 + s), member)
-            for n, role in enumerate(roles(layer, decoder.width)):
-                keys = jax.random.split(jax.random.fold_in(of_layer, n), segment.repeats)
-                stack = jax.vmap(lambda k, r=role: r.start(k, r.shape, jnp.float32))(keys)
-                put(params, (segment_name(s), layer_name(member), *role.path), stack)
+    for m, member in enumerate(members(decoder)):
+        of_member = jax.random.fold_in(key, 1000 + m)
+        for n, role in enumerate(roles(member.layer, decoder.width)):
+            keys = jax.random.split(jax.random.fold_in(of_member, n), len(member.numbers))
+            stack = jax.vmap(lambda k, r=role: r.start(k, r.shape, jnp.float32))(keys)
+            put(params, member.path + role.path, stack)
     return params
