@@ -112,7 +112,8 @@ def forward(
             x, held = carry
             own, repeat = own
             own = together(own)
-            context = Context(positions, length, repeat, decoding)
+            pruned = any("threshold" in own[key]["block"] for key in own)
+            context = Context(positions, length, repeat, decoding, pruned and not decoding)
             wanted = {}
             for member, spec in enumerate(segment.period):
                 key = weights.layer_name(member)

@@ -78,7 +78,10 @@ def popcount_dot(x: jax.Array, planes: BitPlanes, act_bits: int = 8) -> jax.Arra
 
     # Row by row: what a row costs is a pass over the planes.
     out = jnp.zeros((len(x), planes.shape[-1]), jnp.float32)
-    y = fold_tiles(len(x), 1, cut, one_row, out)
+    # A row more if a scale were negative, which none is: XLA takes the only turn of a loop for no
+    # loop, fuses whatever cut `planes` out of a stack into it, and then counts bits one by one.
+    turns = len(x) + jnp.sum(scale < 0, dtype=jnp.int32)
+    y = fold_tiles(len(x), 1, cut, one_row, out, turns)
     return (y * scale).astype(x.dtype)
 
 

@@ -122,12 +122,19 @@ def _over_decoded(planes: BitPlanes, prepare: Callable, visit: Callable, carry: 
     return fold_tiles(d_out, tile, cut, visit, carry)
 
 
-def fold_tiles(length: int, tile: int, cut: Callable, visit: Callable, carry: Any) -> Any:
+def fold_tiles(
+    length: int,
+    tile: int,
+    cut: Callable,
+    visit: Callable,
+    carry: Any,
+    turns: jax.Array | None = None,
+) -> Any:
     """Folds ``visit(start, cut(start), carry)`` over `length` in steps of `tile`.
 
     The last tile overlaps the one before it where tiles do not divide `length`. Each is cut out a
     step ahead: as part of the carry it is a buffer of its own, where XLA would else fuse the
-    cutting into all that is done with it.
+    cutting into all that is done with it. `turns` is the number of tiles, where XLA is not to know.
     """
 
     def start(i):
@@ -137,8 +144,8 @@ def fold_tiles(length: int, tile: int, cut: Callable, visit: Callable, carry: An
         ready, carry = carry
         return cut(start(i + 1)), visit(start(i), ready, carry)
 
-    steps = jnp.int32(-(-length // tile))
-    return lax.fori_loop(jnp.int32(0), steps, step, alike((cut(start(0)), carry)))[1]
+    turns = jnp.int32(-(-length // tile)) if turns is None else turns
+    return lax.fori_loop(jnp.int32(0), turns, step, alike((cut(start(0)), carry)))[1]
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:
