@@ -21,8 +21,9 @@ import numpy as np
 
 import mcjax
 from mcjax import bench
-from mcjax.models.config import MixtralConfig
-from mcjax.models.mixtral import MoE
+from mcjax.models import weights
+from mcjax.models.experts import routed
+from mcjax.models.families import describe
 
 WIDTHS = (3, 2, 2, 2, 2, 2, 2, 2)
 """Bits of the experts: 2.125 on average, the fewest above 2.05 that eight experts can have."""
@@ -35,22 +36,20 @@ STEPS = {1: 64, 16: 16, 2048: 4}
 """Blocks in a row that one measurement runs, as a model's layers would follow each other."""
 
 
-def models(config):
-    """The block dense in bfloat16 and from planes: modules and parameters by name."""
-    dense, planes = MoE(config), MoE(config, WIDTHS)
-    rounded = MoE(config, WIDTHS, act_bits=8)
-    x = jax.ShapeDtypeStruct((1, 1, config.hidden_size), jnp.bfloat16)
-    params = bench.random_params(planes, x, jnp.bfloat16)
-    like = jax.eval_shape(dense.init, jax.random.key(0), x)["params"]["experts"]
+def models(decoder):
+    """The block dense in bfloat16 and from planes: activation bits and parameters by name."""
+    params = bench.random_params(decoder, jnp.bfloat16, WIDTHS)
+    params = weights.of_layer(decoder, params, 0)["block"]
     experts = {
         # Drawn on the device: `random_params` would take a minute for a billion numbers.
-        name: jax.random.normal(jax.random.key(i), leaf.shape, jnp.bfloat16) * leaf.shape[1] ** -0.5
-        for i, (name, leaf) in enumerate(like.items())
+        role.path[-1]: jax.random.normal(jax.random.key(i), role.shape, jnp.bfloat16)
+        * role.shape[1] ** -0.5
+        for i, role in enumerate(weights.budgeted(decoder, decoder.layers[0]))
     }
     return {
-        "mcjax dense bfloat16": (dense, {"router": params["router"], "experts": experts}),
-        "mcjax 2.125 bits": (planes, params),
-        "mcjax 2.125 bits, int8 activations": (rounded, params),
+        "mcjax dense bfloat16": (None, {"router": params["router"], "experts": experts}),
+        "mcjax 2.125 bits": (None, params),
+        "mcjax 2.125 bits, int8 activations": (8, params),
     }
 
 
@@ -210,27 +209,26 @@ def exact(params, x):
 def _expert(weight, expert):
     if isinstance(weight, jax.Array):
         return weight[expert].astype(jnp.float32)
-    stack, slot = weight.location[expert]
-    return jax.tree.map(lambda a: a[slot], weight.stacks[stack]).dequantize()
+    return weight.at(expert).choose(lambda one: one.dequantize())
 
 
-def layers(config, repeats, bandwidth):
+def layers(decoder, repeats, bandwidth):
     """Rows for 1, 16 and 2048 tokens, with the roofline of reading the routed experts once."""
-    every = models(config)
+    every, spec = models(decoder), decoder.layers[0].block
     dense, served = every["mcjax dense bfloat16"][1], every["mcjax 2.125 bits"][1]
     key, rows = jax.random.key(0), []
     size = {
-        name: sum(a.nbytes for a in jax.tree.leaves(params["experts"])) / config.num_local_experts
+        name: sum(a.nbytes for a in jax.tree.leaves(params["experts"])) / spec.experts
         for name, (_, params) in every.items()
     }
     for tokens, steps in STEPS.items():
-        shape = (1, tokens, config.hidden_size)
+        shape = (1, tokens, decoder.width)
         x = jax.random.normal(jax.random.fold_in(key, tokens), shape, jnp.bfloat16)
         blocks = {"ragged_dot": (ragged, dense)}
         if tokens == 1:
             blocks["einsum of gathered experts"] = gathered, dense
-        for name, (module, params) in every.items():
-            blocks[name] = partial(_apply, module), params
+        for name, (act_bits, params) in every.items():
+            blocks[name] = partial(_apply, spec, act_bits), params
         candidates = {
             name: partial(repeated(block, steps), params, x)
             for name, (block, params) in blocks.items()
@@ -257,17 +255,18 @@ def layers(config, repeats, bandwidth):
     return rows
 
 
-def _apply(module, params, x):
-    return module.apply({"params": params}, x)
+def _apply(spec, act_bits, params, x):
+    return routed(spec, params, x, act_bits)[0]
 
 
 PEERS = ("ragged_dot", "einsum of gathered experts", "mcjax dense bfloat16", "torch bfloat16")
 """Of these the quickest is what the others' speed-up is over."""
 
 
-def quantising(config):
+def quantising(decoder):
     """Seconds to quantise all experts' weights to 1 to 4 bits, compilation not counted."""
-    e, d, f = config.num_local_experts, config.hidden_size, config.intermediate_size
+    spec = decoder.layers[0].block
+    e, d, f = spec.experts, decoder.width, spec.width
     seconds = {"fast": 0.0, "normal": 0.0}
     for weights, (d_in, d_out) in ((2, (d, f)), (1, (f, d))):
         w = jax.random.normal(jax.random.key(0), (e, d_in, d_out)) * d_in**-0.5
@@ -307,23 +306,13 @@ def main():
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--only", choices=("layer", "quantise"), help="this part alone")
     arguments = parser.parse_args()
-    config = MixtralConfig(
-        vocab_size=32,
-        hidden_size=arguments.hidden,
-        intermediate_size=arguments.inner,
-        num_hidden_layers=1,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        num_local_experts=8,
-        num_experts_per_tok=2,
-        max_position_embeddings=4096,
-    )
+    more = {"hidden_size": arguments.hidden, "intermediate_size": arguments.inner}
+    _, decoder = describe(bench.MOE | more | {"vocab_size": 32, "num_hidden_layers": 1})
     facts = {"machine": bench.machine()}
     if arguments.only != "quantise":
-        facts["layer"] = layers(config, arguments.repeats, facts["machine"]["bandwidth_gb_s"])
+        facts["layer"] = layers(decoder, arguments.repeats, facts["machine"]["bandwidth_gb_s"])
     if arguments.only != "layer":
-        facts["quantise_seconds"] = quantising(config)
+        facts["quantise_seconds"] = quantising(decoder)
     arguments.out.write_text(json.dumps(facts, indent=1) + "\n")
     print(bench.caption(facts["machine"]))
 

@@ -18,8 +18,8 @@ import numpy as np
 import mcjax
 from mcjax import checkpoint, pmq, serving, text
 from mcjax.baseline import dedicated_gptq
-from mcjax.convert import HuggingFaceFolder
-from mcjax.models import Mixtral
+from mcjax.hub import Folder
+from mcjax.models.language_model import LanguageModel
 
 
 def main():
@@ -31,14 +31,14 @@ def main():
     parser.add_argument("--text", required=True)
     parser.add_argument("--seq-len", type=int, default=256)
     arguments = parser.parse_args()
-    folder = HuggingFaceFolder(arguments.model)
+    folder = Folder(arguments.model)
     manifest = checkpoint.read_manifest(Path(arguments.artifact))
-    read = partial(text.encode_file, folder.tokenizer_path, vocab_size=folder.config.vocab_size)
+    read = partial(text.encode_file, folder.tokenizer_path, vocab_size=folder.decoder.vocab_size)
     made_of = manifest["calibration"]
     calibration = text.windows(read(text_path=arguments.calibration), made_of["window_tokens"])
     calibration = text.spread(calibration, made_of["windows"])
     windows = text.windows(read(text_path=arguments.text), arguments.seq_len)
-    dense = Mixtral(folder.config)
+    dense = LanguageModel(folder.decoder)
     out = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
     out["16 bit"] = text.perplexity(dense, folder.read(np.float32), windows)[0]
 

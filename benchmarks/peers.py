@@ -154,7 +154,7 @@ def decoding(repeats):
         more = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
         for way in ("eager", "batched_mm", "grouped_mm"):
             for kind in (torch.float32, torch.bfloat16):
-                config = MixtralConfig(**bench.MOE.to_dict(), bos_token_id=None, eos_token_id=None)
+                config = MixtralConfig(**bench.MOE, bos_token_id=None, eos_token_id=None)
                 config._experts_implementation = way
                 model = MixtralForCausalLM(config).to(kind).eval()
                 run = partial(model.generate, prompt, attention_mask=prompt + 1, **more)

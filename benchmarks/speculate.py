@@ -13,7 +13,6 @@ import argparse
 import json
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -90,12 +89,12 @@ def main():
                 if act_bits is None or bits < arguments.bits
             }
             rows += measure("embedded", model.module, model.params, prompts, drafts, arguments)
-    config = replace(bench.MOE, tie_word_embeddings=False)
+    config = bench.MOE | {"tie_word_embeddings": False}
     module, params = bench.served_moe(act_bits=None, config=config)
     rounded = module.clone(act_bits=8)
-    prompts = np.random.default_rng(0).integers(0, config.vocab_size, (arguments.prompts, PROMPT))
+    prompts = np.random.default_rng(0).integers(0, config["vocab_size"], (arguments.prompts, PROMPT))
     drafts = {
-        (max(max(layer) for layer in module.planes.allocation), length): Draft(
+        (bench.BUDGET + 1, length): Draft(
             module=rounded, params=params, length=length
         )
         for length in (2, 4, 8)

@@ -247,14 +247,14 @@ def experts(repeats: int) -> list[dict[str, Any]]:
 
 
 def served_moe(
-    act_bits: int | None = 8, config: Mapping[str, Any] = MOE
+    act_bits: int | None = 8, config: Mapping[str, Any] | None = None
 ) -> tuple[LanguageModel, Any]:
-    """The model of a config from planes of random bits.
+    """The model of a config, or `MOE`, from planes of random bits.
 
     Half of its experts are a bit above and half a bit below `BUDGET`. What is not in planes is
     bfloat16, as in an artifact.
     """
-    module = LanguageModel(describe(config)[1], act_bits=act_bits)
+    module = LanguageModel(describe(config or MOE)[1], act_bits=act_bits)
     return module, random_params(module.decoder, jnp.bfloat16, (BUDGET + 1, BUDGET - 1))
 
 

@@ -8,8 +8,8 @@ import pytest
 import mcjax
 from mcjax import cli, demo
 from mcjax.checkpoint import read_manifest
-from mcjax.convert import HuggingFaceFolder
-from mcjax.models import Mixtral
+from mcjax.hub import Folder
+from mcjax.models.language_model import LanguageModel
 from mcjax.text import encode_file, perplexity, windows
 
 
@@ -42,7 +42,7 @@ def test_figures_are_those_of_the_artifact(folder):
     """The one dequantised program that the demo shares gives what `load` gives."""
     facts = json.loads((folder / "demo.json").read_text())
     model = mcjax.load(folder / "artifact", budget=2.5)
-    source = HuggingFaceFolder(demo.EMBEDDED)
+    source = Folder(demo.EMBEDDED)
     tokens = encode_file(source.tokenizer_path, demo.EMBEDDED / "held_out.txt", 2048)
     from mcjax.text import spread
 
@@ -61,9 +61,9 @@ def test_every_expert_is_in_use(folder):
 def test_embedded_model_is_small_and_reads_its_text():
     size = sum(path.stat().st_size for path in demo.EMBEDDED.iterdir())
     assert size < 8e6
-    source = HuggingFaceFolder(demo.EMBEDDED)
+    source = Folder(demo.EMBEDDED)
     tokens = encode_file(source.tokenizer_path, demo.EMBEDDED / "held_out.txt", 2048)
-    value = perplexity(Mixtral(source.config), source.read(np.float32), windows(tokens, 256)[:8])
+    value = perplexity(LanguageModel(source.decoder), source.read(np.float32), windows(tokens, 256)[:8])
     assert value[0] < 40
 
 

@@ -9,8 +9,9 @@ import pytest
 from test_pallas import dense_dot, random_planes, rows_of
 
 import mcjax
-from mcjax.bitplane import mixed
-from mcjax.models.mixtral import swiglu_experts
+from mcjax import bitplane
+from mcjax.models.decoder import Routed, Routing
+from mcjax.models.experts import apply_experts
 from mcjax.ops.unpack import unpack
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
@@ -23,7 +24,7 @@ def deviation(got, expected):
 
 def mixed(d_in, d_out):
     stacks = tuple(random_planes(n, d_in, d_out, k, 128) for n, k in ((2, 1), (3, 2), (1, 5)))
-    return mixed(stacks, (2, 1, 5, 1, 2, 2))
+    return bitplane.mixed(stacks, (2, 1, 5, 1, 2, 2))
 
 
 @pytest.mark.parametrize("rows", [2, 20])
@@ -60,5 +61,7 @@ def test_experts_of_few_tokens():
     x, index = rows_of(gate, 4)
     exact = dense_dot(x, gate, index)
     exact = exact / (1 + np.exp(-exact)) * dense_dot(x, up, index)
-    got = jax.jit(swiglu_experts)(gate, up, down, x, index)
+    spec = Routed(experts=6, width=1152, routing=Routing(top_k=1))
+    weights = {"gate": gate, "up": up, "down": down}
+    got = jax.jit(partial(apply_experts, spec))(weights, x, index)
     assert deviation(got, dense_dot(exact, down, index)) < 3e-4

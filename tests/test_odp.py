@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 
 import mcjax
 from mcjax import odp
-from mcjax.calibrate import pruning_statistics
-from mcjax.convert import HuggingFaceFolder
+from mcjax.calibrate import Seen, pruning_statistics
 from mcjax.evaluate import dense_pruning_statistics, evaluate
-from mcjax.models import Mixtral
-from mcjax.models.mixtral import MoE, route, router_logits, swiglu_experts
+from mcjax.models import weights
+from mcjax.models.experts import apply_experts, chosen, routed
 from mcjax.notes import Note
 from mcjax.ops import expert_map
 from mcjax.serving import with_pruning
@@ -77,7 +76,7 @@ def test_bad_values():
     with pytest.raises(ValueError, match=r"0 to 1, got 1\.5"):
         odp.thresholds(np.zeros((2, 1, 101)), 1.5)
     with pytest.raises(ValueError, match="unknown pruning policy 'best'"):
-        with_pruning({}, [], "best")
+        with_pruning(None, {}, [], "best")
 
 
 @pytest.mark.parametrize("policy", odp.POLICIES)
@@ -118,22 +117,22 @@ def test_skipped_rows_reach_no_expert():
 @pytest.mark.parametrize("policy", odp.POLICIES)
 def test_block_by_hand(model_folder, policy):
     """The pruned model's block output, expert by expert, against the policy's words."""
-    folder = HuggingFaceFolder(model_folder)
-    params = folder.read(np.float32)
+    model = mcjax.load(model_folder)
+    decoder, params = model.module.decoder, model.params
+    params = jax.tree.map(lambda a: a.astype(np.float32), params)
     tokens = np.random.default_rng(1).integers(0, 300, (2, 32))
-    statistics = dense_pruning_statistics(folder.config, params, tokens)
-    pruned = with_pruning(params, statistics, policy, 0.5)
-    module = Mixtral(folder.config, prune=policy)
-    _, seen = module.apply({"params": pruned}, tokens, mutable=["odp", "calibration"])
-    skipped = 1 - np.mean([np.asarray(s["moe"]["keep"][0]) for s in seen["odp"].values()])
-    assert 0.2 < skipped < 0.26  # half of the second experts, less those of protected tokens
+    statistics = dense_pruning_statistics(decoder, params, tokens)
+    pruned = with_pruning(decoder, params, statistics, policy, 0.5)
+    _, seen = model.module.apply({"params": pruned}, tokens, mutable=["keep"])
+    (kept,) = jax.tree.leaves(seen)  # [layers, tokens, 2]
+    assert 0.2 < 1 - np.mean(kept) < 0.26  # half of the second ones, less those of protected tokens
 
-    block = pruned["layer_1"]["moe"]
-    x = np.asarray(seen["calibration"]["layer_1"]["moe"]["moe_input"][0]).reshape(-1, 96)
-    keep = np.asarray(seen["odp"]["layer_1"]["moe"]["keep"][0])
-    y = MoE(folder.config, prune=policy).apply(
-        {"params": block}, x[None], keep.all(axis=-1)[None] & True
-    )[0]
+    spec, block = decoder.layers[1].block, weights.of_layer(decoder, pruned, 1)["block"]
+    x = np.random.default_rng(2).normal(size=(64, 96)).astype(np.float32)
+    marked = np.arange(64) % 9 == 0
+    y, taps = routed(spec, block, x[None], None, lambda: marked[None])
+    y, keep = y[0], np.asarray(taps["keep"])
+    assert keep[marked].all() and not keep.all()
     probability = np.asarray(jax.nn.softmax(x @ np.asarray(block["router"])))
     for t in range(0, 64, 7):
         first, second = np.argsort(-probability[t])[:2]
@@ -173,22 +172,23 @@ def test_served_from_the_artifact(artifact, text_file, model_folder):
 
 def test_stand_ins_are_the_weighted_least_squares(model_folder):
     """Three quarters of numpy's solution, a quarter of the published rule."""
-    folder = HuggingFaceFolder(model_folder)
-    moe = folder.read(np.float32)["layer_0"]["moe"]
+    model = mcjax.load(model_folder)
+    decoder = model.module.decoder
+    spec, moe = decoder.layers[0].block, weights.of_layer(decoder, model.params, 0)["block"]
+    moe = jax.tree.map(lambda a: a.astype(np.float32), moe)
     x = np.random.default_rng(0).normal(size=(2, 400, 96)).astype(np.float32)
-    statistics = pruning_statistics(folder.config, moe, list(x))
+    seen = [Seen(some, *chosen(spec, moe, some)[:0:-1]) for some in x]
+    statistics = pruning_statistics(spec, moe["experts"], seen)
     tokens = x.reshape(-1, 96)
-    weights, index = map(np.asarray, route(router_logits(tokens, moe["router"]), 2))
-    e = moe["experts"]
-    rows = np.repeat(tokens, 2, axis=0)
-    f = np.asarray(swiglu_experts(e["gate"], e["up"], e["down"], rows, index.reshape(-1)))
+    weights_, index = (np.concatenate([getattr(s, n) for s in seen]) for n in ("weights", "experts"))
+    f = np.asarray(apply_experts(spec, moe["experts"], tokens, index.reshape(-1)))
     f = f.reshape(-1, 2, 96)
     mine = index[:, 1] == 2
-    first, second, w = f[mine, 0], f[mine, 1], weights[mine, 1]
+    first, second, w = f[mine, 0], f[mine, 1], weights_[mine, 1]
     columns = [np.kron(w[:, None], np.eye(96)), (w[:, None] * first).reshape(-1, 1)]
     solution = 0.75 * np.linalg.lstsq(np.hstack(columns), (w[:, None] * second).ravel())[0]
     solution[-1] += 0.25
     np.testing.assert_allclose(statistics.slope[2], solution[-1], atol=2e-3)
     np.testing.assert_allclose(statistics.intercept[2], solution[:-1], atol=2e-3)
-    ratio = weights[:, 1] / weights[:, 0]
+    ratio = weights_[:, 1] / weights_[:, 0]
     np.testing.assert_allclose(statistics.ratio[0, 50], np.median(ratio), rtol=1e-5)

@@ -9,9 +9,9 @@ import pytest
 
 import mcjax
 from mcjax import checkpoint
-from mcjax.convert import HuggingFaceFolder
 from mcjax.evaluate import evaluate
-from mcjax.models import Mixtral
+from mcjax.hub import Folder
+from mcjax.models.language_model import LanguageModel
 
 
 def test_starts_as_the_artifact(model_folder, artifact):
@@ -20,10 +20,10 @@ def test_starts_as_the_artifact(model_folder, artifact):
     A code that serves the narrower widths better may stand for a value beside (1 % in norm), and
     with that much a token of this random model may meet another expert.
     """
-    folder = HuggingFaceFolder(model_folder)
+    folder = Folder(model_folder)
     trained, kept, specs = once_lm.start(artifact, folder.read(np.float32))
     tokens = np.random.default_rng(0).integers(0, 300, (2, 16))
-    module = Mixtral(folder.config)
+    module = LanguageModel(folder.decoder)
     for bits, most in ((3, 0.05), (2, 0.3), (1, 0.5)):
         params = once_lm.served_at(trained, kept, specs, bits)
         got = module.apply({"params": params}, tokens)

@@ -10,7 +10,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from mcjax import tables
 from mcjax.bitplane import BitPlanes, empty, mixed, padded
-from mcjax.models.mixtral import swiglu_experts
+from mcjax.models.decoder import Routed, Routing
+from mcjax.models.experts import apply_experts
 from mcjax.ops.grouped import expert_map
 from mcjax.ops.pallas import TARGETS, grouped_dot, supported
 
@@ -231,16 +232,15 @@ def test_bad_arguments():
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 def test_a_models_experts_lower_to_kernels(platform):
-    """`swiglu_experts` as GPU and TPU run it; here the same call gives the loops' result."""
+    """`apply_experts` as GPU and TPU run it; here the same call gives the loops' result."""
     gate, up = (random_planes(4, 64, 96, 2, 32) for _ in range(2))
     down = random_planes(4, 96, 64, 2, 32)
     x, index = rows_of(gate, 6)
     keep = jnp.arange(6) != 2
-    experts = jax.jit(partial(swiglu_experts, act_bits=8, product="pallas"))
-    arguments = gate, up, down, x, index, keep
-    np.testing.assert_allclose(
-        experts(*arguments), swiglu_experts(*arguments, act_bits=8), rtol=1e-2, atol=1e-3
-    )
+    run = partial(apply_experts, Routed(experts=4, width=96, routing=Routing(top_k=1)), act_bits=8)
+    experts = jax.jit(partial(run, product="pallas"))
+    arguments = {"gate": gate, "up": up, "down": down}, x, index, keep
+    np.testing.assert_allclose(experts(*arguments), run(*arguments), rtol=1e-2, atol=1e-3)
     try:
         text = experts.trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
     except RuntimeError as error:

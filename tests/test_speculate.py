@@ -8,12 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import CONFIG
 
 import mcjax
 from mcjax import cli, generate, speculate
-from mcjax.convert import HuggingFaceFolder
-from mcjax.models import Mixtral
-from mcjax.models.mixtral import empty_cache
+from mcjax.models.families import describe
 from mcjax.sampling import Sampling, filter_logits
 
 PROMPTS = [[5, 9, 12, 7, 88, 3], [200, 41], [17, 17, 230, 4]]
@@ -76,7 +75,7 @@ def test_verification_protects_no_token(artifact, policy):
     model = mcjax.load(artifact, bits=3, prune=policy, quantile=0.9)
     apply = partial(jax.jit(model.module.apply), {"params": model.params})
     tokens = np.random.default_rng(0).integers(0, 300, (2, 12))
-    _, cache = apply(tokens[:, :6], None, empty_cache(model.module.config, 2, 12))
+    _, cache = apply(tokens[:, :6], None, model.module.empty_cache(2, 12))
     together, _ = apply(tokens[:, 6:], jnp.arange(6, 12)[None].repeat(2, 0), cache)
     for t in range(6, 12):
         logits, cache = apply(tokens[:, t : t + 1], jnp.array([[t]] * 2), cache)
@@ -92,15 +91,15 @@ def test_what_a_cache_held_before_changes_nothing(artifact):
         {"params": model.params},
         np.arange(12).reshape(2, 6),
         None,
-        empty_cache(model.module.config, 2, 16),
+        model.module.empty_cache(2, 16),
     )
 
-    def spoiled(layer):
+    def spoiled(leaf):  # [layers, B, KV, 16, head_dim]
         later = np.arange(16)[:, None] >= position[:, None, None, None]
-        return type(layer)(*(jnp.where(later, 1e3, leaf) for leaf in layer))
+        return jnp.where(later, 1e3, leaf)
 
     results = []
-    for held in (cache, tuple(map(spoiled, cache))):
+    for held in (cache, jax.tree.map(spoiled, cache)):
         results.append(
             speculate.step(
                 model.module,
@@ -120,7 +119,8 @@ def test_what_a_cache_held_before_changes_nothing(artifact):
     np.testing.assert_array_equal(clean[1], dirty[1])
     for row, start in enumerate(position):  # where it wrote, and before
         for a, b in zip(jax.tree.leaves(clean[2]), jax.tree.leaves(dirty[2]), strict=True):
-            np.testing.assert_allclose(a[row, :, : start + 5], b[row, :, : start + 5], atol=1e-5)
+            own = np.s_[:, row, :, : start + 5]
+            np.testing.assert_allclose(a[own], b[own], atol=1e-5)
 
 
 def test_an_accurate_draft_is_always_accepted(artifact):
@@ -144,17 +144,16 @@ def test_draft_shares_the_arrays_of_the_model(artifact):
     model = mcjax.load(artifact, budget=2.5)
     draft = speculate.self_draft(model, 1)
     low, tables = mcjax.load(artifact, bits=1, act_bits=draft.module.act_bits), 0
-    for i in range(2):
-        for name, served in model.params[f"layer_{i}"]["moe"]["experts"].items():
-            narrow = draft.params[f"layer_{i}"]["moe"]["experts"][name]
-            stored = low.params[f"layer_{i}"]["moe"]["experts"][name]
-            for stack, cut in zip(served.stacks, narrow.stacks, strict=True):
-                assert cut.planes is stack.planes
-                assert cut.tables[-1] is stack.tables[-1]
-                assert cut.widths == ((1, stack.bits) if stack.bits > 1 else (1,))
-                mine = np.flatnonzero(np.array(served.allocation) == stack.bits)
-                np.testing.assert_array_equal(cut.tables[0], stored.stacks[0].tables[0][mine])
-                tables += cut.tables[0].nbytes if stack.bits > 1 else 0
+    every = [m.params["segment_0"]["layer_0"]["block"]["experts"] for m in (model, draft, low)]
+    for name, served in every[0].items():
+        narrow, stored = every[1][name], every[2][name]
+        for t, (stack, cut) in enumerate(zip(served.stacks, narrow.stacks, strict=True)):
+            assert cut.planes is stack.planes
+            assert cut.tables[-1] is stack.tables[-1]
+            assert cut.widths == ((1, stack.bits) if stack.bits > 1 else (1,))
+            mine = np.flatnonzero(np.asarray(served.stack) == t)
+            np.testing.assert_array_equal(cut.tables[0], stored.stacks[0].tables[0][mine])
+            tables += cut.tables[0].nbytes if stack.bits > 1 else 0
     shared = {id(leaf) for leaf in jax.tree.leaves(model.params)}
     own = [leaf for leaf in jax.tree.leaves(draft.params) if id(leaf) not in shared]
     assert sum(leaf.nbytes for leaf in own) == tables
@@ -168,8 +167,8 @@ def test_drafting_copies_no_planes(artifact):
     model = mcjax.load(artifact, bits=3)
     draft = speculate.self_draft(model, 2)
     token, position, key = np.zeros(1, np.int32), np.full(1, 8, np.int32), jax.random.key(0)
-    cache = empty_cache(model.module.config, 1, 16)
-    experts = [params["moe"]["experts"] for n, params in model.params.items() if "layer" in n]
+    cache = model.module.empty_cache(1, 16)
+    experts = model.params["segment_0"]["layer_0"]["block"]["experts"]
     planes = sum(p.nbytes for p in jax.tree.leaves(experts))
 
     def scratch(lowered):
@@ -295,17 +294,16 @@ def test_few_tokens_and_the_last_positions(artifact, prompt, new):
 @pytest.mark.slow
 def test_sliding_window(artifact):
     model = mcjax.load(artifact, bits=3)
-    config = dataclasses.replace(model.module.config, sliding_window=4)
-    model = dataclasses.replace(model, module=model.module.clone(config=config))
+    windowed = describe(CONFIG | {"sliding_window": 4})[1]
+    model = dataclasses.replace(model, module=model.module.clone(decoder=windowed))
     draft = speculate.self_draft(model, 2, 3)
     np.testing.assert_array_equal(write(model, PROMPTS, 15, draft), write(model, PROMPTS, 15))
 
 
 @pytest.mark.slow
 def test_any_model_can_draft(artifact, model_folder):
-    folder = HuggingFaceFolder(model_folder)
-    dense = Mixtral(folder.config)
-    params = folder.read(np.float32)
+    source = mcjax.load(model_folder)
+    dense, params = source.module, source.params
     served = mcjax.load(artifact, bits=2)
     draft = speculate.Draft(module=served.module, params=served.params, length=3)
     got = np.stack(list(generate.generate(dense, params, PROMPTS, 10, draft=draft)), axis=1)

@@ -15,24 +15,26 @@ import numpy as np
 import pytest
 from recipe import LanguageRecipe
 
-from mcjax.convert import HuggingFaceFolder
 from mcjax.evaluate import evaluate
-from mcjax.models import Mixtral, MixtralConfig
+from mcjax.hub import Folder
+from mcjax.models.families import describe
+from mcjax.models.language_model import LanguageModel
 
 TRAIN = Path(__file__).parent.parent / "train"
 RECIPE = LanguageRecipe(
-    model=MixtralConfig(
-        vocab_size=300,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        max_position_embeddings=32,
-    ),
+    model={
+        "model_type": "mixtral",
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 32,
+    },
     held_out=0.1,
     seq_len=16,
     batch_size=4,
@@ -45,7 +47,7 @@ RECIPE = LanguageRecipe(
 
 
 def weights(out):
-    return HuggingFaceFolder(out / "model").read()
+    return Folder(out / "model").read()
 
 
 def same(a, b):
@@ -102,7 +104,7 @@ def test_two_devices_equal_one(tmp_path, text_file):
 import sys; sys.path[:0] = [{str(TRAIN)!r}, {str(Path(__file__).parent)!r}]
 import jax, numpy as np, test_train as t, moe_lm, loop
 mesh = loop.data_mesh()
-module = moe_lm.Mixtral(t.RECIPE.model)
+module = moe_lm.LanguageModel(t.RECIPE.decoder)
 params = module.init(jax.random.key(0), np.zeros((1, 2), int))["params"]
 optimiser = loop.adamw(learning_rate=1e-3, warmup=0, steps=9, weight_decay=0.1, clip=1.0)
 state = loop.State(jax.numpy.zeros((), int), params, optimiser.init(params))
@@ -128,7 +130,7 @@ print(*(float(metrics[k]) for k in sorted(metrics)))
 
 def test_losses_by_hand():
     """Balance is 1 when the router is even, E / k when every token takes the same k experts."""
-    module = Mixtral(RECIPE.model)
+    module = LanguageModel(RECIPE.decoder)
     tokens = np.random.default_rng(0).integers(0, 300, (2, 17))
     params = module.init(jax.random.key(0), tokens)["params"]
     even = jax.tree.map(jnp.zeros_like, params)
@@ -136,6 +138,36 @@ def test_losses_by_hand():
     np.testing.assert_allclose([balance, z], [1.0, np.log(4) ** 2], rtol=1e-5)
     entropy, *_ = moe_lm.losses(module, even, tokens)
     np.testing.assert_allclose(entropy, np.log(300), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"model_type": "qwen3_moe", "moe_intermediate_size": 32, "num_experts": 4},
+        {
+            "model_type": "deepseek_v3",
+            "moe_intermediate_size": 32,
+            "n_routed_experts": 4,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "n_group": 2,
+            "topk_group": 1,
+            "kv_lora_rank": 16,
+            "q_lora_rank": None,
+            "qk_nope_head_dim": 16,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 16,
+        },
+    ],
+    ids=lambda more: more["model_type"],
+)
+def test_trains_other_families(more, tmp_path, text_file):
+    base = {k: v for k, v in RECIPE.model.items() if "local_experts" not in k and k != "head_dim"}
+    recipe = dataclasses.replace(RECIPE, model=base | more, steps=3)
+    last = moe_lm.train(recipe, tmp_path / "run", text=[str(text_file)])
+    assert weights(tmp_path / "run")["embedding"].shape == (300, 32)
+    facts = evaluate(tmp_path / "run" / "model", tmp_path / "run" / "held_out.txt", seq_len=16)
+    np.testing.assert_allclose(facts["perplexity"], last["perplexity"], rtol=0.01)
 
 
 def test_trains_on_tfds(tmp_path):

@@ -43,11 +43,18 @@ class State(NamedTuple):
 
 
 def adamw(
-    *, learning_rate: float, warmup: int, steps: int, weight_decay: float, clip: float
+    *,
+    learning_rate: float,
+    warmup: int,
+    steps: int,
+    weight_decay: float,
+    clip: float,
+    decays: Any = None,
 ) -> optax.GradientTransformation:
-    """AdamW with gradient clipping; matrices decay, norms and biases do not.
+    """AdamW with gradient clipping.
 
-    The rate climbs for `warmup` steps and then falls by a cosine to a hundredth.
+    The rate climbs for `warmup` steps and then falls by a cosine to a hundredth. `decays` says which
+    parameters decay, a tree like them of bools; None lets matrices, and no norms and biases.
     """
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, learning_rate, warmup, max(steps, warmup + 1), learning_rate / 100
@@ -58,7 +65,7 @@ def adamw(
             schedule,
             b2=0.95,
             weight_decay=weight_decay,
-            mask=lambda tree: jax.tree.map(lambda p: p.ndim > 1, tree),
+            mask=decays or (lambda tree: jax.tree.map(lambda p: p.ndim > 1, tree)),
         ),
     )
 

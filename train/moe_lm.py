@@ -1,4 +1,4 @@
-"""Trains a Mixtral-style language model and writes it in Hugging Face form.
+"""Trains a language model with routed experts, of any family, and writes it in Hugging Face form.
 
     uv run python train/moe_lm.py --config train/configs/moe_minutes.py --out minutes
 
@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import re
 import shutil
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,16 +29,18 @@ from loop import State, adamw, begin, command_line, data_mesh, fit, global_batch
 from recipe import LanguageRecipe
 
 from mcjax.atomic import whole
-from mcjax.convert import write_hugging_face
-from mcjax.models import Mixtral, MixtralConfig
+from mcjax.hub import write
+from mcjax.models import weights
+from mcjax.models.decoder import Routed
+from mcjax.models.language_model import LanguageModel
 from mcjax.text import encode_file, open_tokenizer, perplexity, spread, windows
 
 
-def losses(module: Mixtral, params: Any, tokens: jax.Array, axis: str | None = None):
+def losses(module: LanguageModel, params: Any, tokens: jax.Array, axis: str | None = None):
     """Cross-entropy and the router's two losses.
 
     ``balance = E sum_e f_e P_e`` with f_e the share of routed tokens that expert e got and P_e its
-    mean probability, 1 when even; ``z = mean(logsumexp(logits)^2)``; both are means over layers.
+    mean probability (its share of the scores, where they are sigmoids), 1 when even; ``z = mean(logsumexp(logits)^2)``; both are means over layers.
 
     Args:
       module: the model.
@@ -49,26 +52,31 @@ def losses(module: Mixtral, params: Any, tokens: jax.Array, axis: str | None = N
       Cross-entropy, balance, z, and the least share of tokens that any expert of any layer got,
       times E; scalars.
     """
-    c = module.config
+    blocks = [layer.block for layer in module.decoder.layers if isinstance(layer.block, Routed)]
+    experts, score = blocks[0].experts, blocks[0].routing.score
 
     def mean(x):
         return x if axis is None else jax.lax.pmean(x, axis)
 
-    logits, seen = module.apply({"params": params}, tokens[:, :-1], mutable=["router"])
+    wanted = ["router", "experts"]
+    logits, seen = module.apply({"params": params}, tokens[:, :-1], mutable=wanted)
     logits = logits.astype(jnp.float32)
     entropy = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
-    router = jnp.stack(jax.tree.leaves(seen["router"]))  # [L, N, E]
-    _, index = jax.lax.top_k(router, c.num_experts_per_tok)
-    routed = jax.nn.one_hot(index, c.num_local_experts).sum(-2) / c.num_experts_per_tok
-    share = mean(routed.mean(1))
-    probability = mean(jax.nn.softmax(router).mean(1))
-    balance = c.num_local_experts * jnp.sum(share * probability, axis=-1).mean()
+    # Stacked over the layers of every segment: [L, N, E] and [L, N, K].
+    router, index = (jnp.concatenate(jax.tree.leaves(seen[name])) for name in wanted)
+    share = mean(jax.nn.one_hot(index, experts).mean((1, 2)))
+    if score == "softmax":
+        probability = jax.nn.softmax(router)
+    else:
+        probability = jax.nn.sigmoid(router)
+        probability = probability / jnp.sum(probability, axis=-1, keepdims=True)
+    balance = experts * jnp.sum(share * mean(probability.mean(1)), axis=-1).mean()
     z = mean(jnp.mean(jax.nn.logsumexp(router, axis=-1) ** 2))
-    return mean(entropy), balance, z, jnp.min(share) * c.num_local_experts
+    return mean(entropy), balance, z, jnp.min(share) * experts
 
 
-def make_step(module: Mixtral, recipe: LanguageRecipe, optimiser, mesh):
+def make_step(module: LanguageModel, recipe: LanguageRecipe, optimiser, mesh):
     """The jitted training step: each device routes and computes its own sequences."""
     shared = jax.shard_map(
         partial(losses, module, axis="data"),
@@ -177,7 +185,7 @@ def prepare(recipe: LanguageRecipe, text: list[str], tokenizer: Path | None, wor
     for name, part in (("training", training), ("held_out", held_out)):
         (work / f"{name}.txt").write_text(part, encoding="utf-8")
     tokens, validation = (
-        encode_file(work / "tokenizer.json", work / f"{name}.txt", recipe.model.vocab_size)
+        encode_file(work / "tokenizer.json", work / f"{name}.txt", recipe.decoder.vocab_size)
         for name in ("training", "held_out")
     )
     (work / "training.txt").unlink()
@@ -210,7 +218,7 @@ def _prepare_tfds(recipe, name, tokenizer, work):
     (work / "held_out.txt").write_text("".join(held_out), encoding="utf-8")
     encoder = open_tokenizer(work / "tokenizer.json")
     validation = encode_file(
-        work / "tokenizer.json", work / "held_out.txt", recipe.model.vocab_size
+        work / "tokenizer.json", work / "held_out.txt", recipe.decoder.vocab_size
     )
     training = _First(source, len(source) - count)
     corpus = TfdsCorpus(training, encoder, recipe.seq_len + 1)
@@ -235,7 +243,7 @@ def _tokenizer(given: Path | None, texts, recipe: LanguageRecipe, work: Path) ->
     if given is not None:
         shutil.copyfile(given, own)
     elif not own.exists():
-        train_tokenizer(texts, recipe.model.vocab_size, own)
+        train_tokenizer(texts, recipe.decoder.vocab_size, own)
 
 
 def train(
@@ -265,16 +273,16 @@ def train(
     work.mkdir(parents=True, exist_ok=True)
     try:
         corpus, validation, digest = prepare(recipe, text, tokenizer, work)
-        module = Mixtral(recipe.model, dtype=jnp.dtype(recipe.dtype))
+        module = LanguageModel(recipe.decoder, dtype=jnp.dtype(recipe.dtype))
         optimiser = adamw(
             learning_rate=recipe.learning_rate,
             warmup=recipe.warmup,
             steps=recipe.steps,
             weight_decay=recipe.weight_decay,
             clip=recipe.clip,
+            decays=weights.labels(recipe.decoder, lambda role: len(role.shape) > 1),
         )
-        sample = np.zeros((1, 2), np.int32)
-        params = jax.jit(module.init)(jax.random.key(recipe.seed), sample)["params"]
+        params = jax.jit(partial(weights.init, recipe.decoder))(jax.random.key(recipe.seed))
         state = State(jnp.zeros((), jnp.int32), params, optimiser.init(params))
         shape = (recipe.batch_size, recipe.seq_len + 1)
         last: dict[str, Any] = {}
@@ -305,12 +313,12 @@ def train(
     return last
 
 
-def export(out: Path, work: Path, config: MixtralConfig, params: Any) -> None:
+def export(out: Path, work: Path, config: Mapping[str, Any], params: Any) -> None:
     """Writes `model/`, `held_out.txt` and `loss.png`."""
     shutil.copyfile(work / "held_out.txt", out / "held_out.txt")
     with whole(out / "model") as aside:
         aside.mkdir()
-        write_hugging_face(aside, config, params)
+        write(aside, config, params)
         shutil.copyfile(work / "tokenizer.json", aside / "tokenizer.json")
         shutil.rmtree(out / "model", ignore_errors=True)
     plot(out / "metrics.csv", out / "loss.png")

@@ -12,7 +12,6 @@ an artifact like any other: same bytes, same commands. OUT.run keeps checkpoints
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,78 +23,67 @@ import optax
 from loop import State, adamw, data_mesh, fit, global_batch, program
 from moe_lm import FileCorpus
 
-from mcjax import checkpoint, qat, serving, text
+from mcjax import bitplane, checkpoint, qat, serving, text
+from mcjax.bitplane import BitPlanes, MixedPlanes
 from mcjax.compress import compress
-from mcjax.convert import HuggingFaceFolder
-from mcjax.models import Mixtral
+from mcjax.hub import Folder
+from mcjax.models import weights
+from mcjax.models.language_model import LanguageModel
+from mcjax.ops import dense
 
-EXPERTS = checkpoint.EXPERT_WEIGHTS
 
-
-def start(artifact: Path, params: Any) -> tuple[Any, Any, dict[str, qat.QuantSpec]]:
-    """What trains, what stays, and each expert weight's spec.
+def start(artifact: Path, params: Any) -> tuple[Any, Any, Any]:
+    """What trains, what stays, and each trained weight's spec.
 
     Args:
       artifact: the compressed model.
       params: the 16-bit model's, float32.
 
     Returns:
-      `{layer: {weight: {"w", "quantizer"}}}`; parameters with the artifact's attention; specs.
+      `{"w", "quantizer"}` by the dotted path of every weight that a budget is about, stacked over
+      layers; parameters with the artifact's other weights; and specs by the same paths.
     """
-    model = serving.load(artifact)  # every expert at the widest width
+    model = serving.load(artifact)
     reader = checkpoint.ArtifactReader(artifact)
-    geometry, widths = reader.manifest["geometry"], reader.manifest["statistics"]["bits"]
-    specs = {
-        name: qat.QuantSpec(
-            widths=tuple(reversed(widths)),
-            group_size=geometry[f"moe.experts.{name}"]["group_size"],
-            act_bits=None,
-        )
-        for name in EXPERTS
+    decoder, group_size = reader.decoder, reader.manifest["group_size"]
+    widths = tuple(reversed(reader.manifest["statistics"]["bits"]))
+    every = {
+        i: checkpoint.read_every_width(reader, i) for i in weights.budgeted_layers(decoder)
     }
-    trained, kept = {}, dict(params)
-    for i in range(model.module.config.num_hidden_layers):
-        layer = f"layer_{i}"
-        own = model.params[layer]
-        trained[layer] = {}
-        for name in EXPERTS:
-            (planes,) = own["moe"]["experts"][name].stacks
-            tables = [
-                jnp.asarray(
-                    np.stack(
-                        reader.read(
-                            (f"layers/{i}", f"moe.experts.{name}.table_{k}", e)
-                            for e in range(planes.shape[0])
-                        )
-                    )
-                )
-                for k in widths
-            ]
-            every = dataclasses.replace(planes, widths=tuple(widths), tables=tuple(tables))
-            trained[layer][name] = {
-                "w": planes.dequantize(),
-                "quantizer": qat.from_planes(every),
-            }
-        attention = {name: p.dequantize() for name, p in own["attention"].items()}
-        kept[layer] = {**params[layer], "attention": attention}
+    kept = jax.tree.map(
+        lambda w: w if isinstance(w, MixedPlanes) else dense(w, jnp.float32),
+        model.params,
+        is_leaf=lambda w: isinstance(w, BitPlanes | MixedPlanes),
+    )
+    trained, specs = {}, {}
+    for member in weights.members(decoder):
+        for role in weights.budgeted(decoder, member.layer):
+            each = [every[i][role.path[-1]] for i in member.numbers]
+            planes = jax.tree.map(lambda *layers: jnp.stack(layers), *each)
+            path = member.path + role.path
+            weights.put(kept, path, weights.get(params, path))
+            name = ".".join(path)
+            trained[name] = {"w": planes.dequantize(), "quantizer": qat.from_planes(planes)}
+            specs[name] = qat.QuantSpec(
+                widths=widths,
+                group_size=bitplane.resolve_group_size(role.shape[-2], group_size),
+                act_bits=None,
+            )
     return trained, kept, specs
 
 
 def served_at(trained: Any, kept: Any, specs: Any, bits: int) -> Any:
     """Parameters of the model with its experts as they are served at a width."""
-    params = dict(kept)
-    for layer, weights in trained.items():
-        experts = {
-            name: qat.fake_quant(leaf["w"], leaf["quantizer"], specs[name], bits)
-            for name, leaf in weights.items()
-        }
-        params[layer] = {**kept[layer], "moe": {**kept[layer]["moe"], "experts": experts}}
+    params = jax.tree.map(lambda w: w, kept)
+    for name, leaf in trained.items():
+        made = qat.fake_quant(leaf["w"], leaf["quantizer"], specs[name], bits)
+        weights.put(params, tuple(name.split(".")), made)
     return params
 
 
-def make_step(module: Mixtral, teacher: Any, kept: Any, specs: Any, optimiser, objective, distill):
+def make_step(module: LanguageModel, teacher: Any, kept: Any, specs: Any, optimiser, objective, distill):
     """The jitted training step; `State.extra` is the objective's state."""
-    widths = specs["gate"].widths
+    widths = next(iter(specs.values())).widths
 
     def losses(trained, tokens):
         seen, labels = tokens[:, :-1], tokens[:, 1:]
@@ -143,10 +131,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.out.exists():
         raise ValueError(f"{arguments.out} exists; remove it or choose another place")
-    folder = HuggingFaceFolder(arguments.model)
-    config, teacher = folder.config, folder.read(np.float32)
+    folder = Folder(arguments.model)
+    decoder, teacher = folder.decoder, folder.read(np.float32)
     trained, kept, specs = start(arguments.artifact, teacher)
-    tokens = text.encode_file(folder.tokenizer_path, arguments.text, config.vocab_size)
+    widths = next(iter(specs.values())).widths
+    tokens = text.encode_file(folder.tokenizer_path, arguments.text, decoder.vocab_size)
     length = arguments.seq_len + 1
     text.windows(tokens, length, "training text")
     corpus, mesh = FileCorpus(tokens, length), data_mesh()
@@ -155,12 +144,12 @@ def main() -> None:
         warmup=20,
         steps=arguments.steps,
         weight_decay=0.0,
-        clip=len(specs["gate"].widths),  # 1 for each of the losses that are summed
+        clip=len(widths),  # 1 for each of the losses that are summed
     )
     objective = qat.fixed()
-    extra = objective.init(len(specs["gate"].widths))
+    extra = objective.init(len(widths))
     state = State(jnp.zeros((), jnp.int32), trained, optimiser.init(trained), extra)
-    step = make_step(Mixtral(config), teacher, kept, specs, optimiser, objective, arguments.distill)
+    step = make_step(LanguageModel(decoder), teacher, kept, specs, optimiser, objective, arguments.distill)
     shape = (arguments.batch_size, length)
     names = ("steps", "batch_size", "seq_len", "learning_rate", "distill")
     state = fit(
@@ -175,13 +164,16 @@ def main() -> None:
         save_every=100,
         log_every=20,
     )
-    experts = [
-        {
-            name: qat.freeze(leaf["w"], leaf["quantizer"], specs[name])
-            for name, leaf in state.params[f"layer_{i}"].items()
-        }
-        for i in range(config.num_hidden_layers)
-    ]
+    frozen = {
+        name: qat.freeze(leaf["w"], leaf["quantizer"], specs[name])
+        for name, leaf in state.params.items()
+    }
+    experts: dict[int, dict[str, BitPlanes]] = {i: {} for i in weights.budgeted_layers(decoder)}
+    for member in weights.members(decoder):
+        for role in weights.budgeted(decoder, member.layer):
+            stacked = frozen[".".join(member.path + role.path)]
+            for r, i in enumerate(member.numbers):
+                experts[i][role.path[-1]] = jax.tree.map(lambda a, r=r: a[r], stacked)
     made_of = checkpoint.read_manifest(arguments.artifact)
     compress(
         arguments.model,
@@ -191,7 +183,7 @@ def main() -> None:
         group_size=made_of["group_size"],
         samples=made_of["calibration"]["windows"],
         seq_len=made_of["calibration"]["window_tokens"],
-        experts=experts,
+        experts=list(experts.values()),
     )
     print(f"{arguments.out}: trained at {specs['gate'].widths} bits for {arguments.steps} steps")
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mcjax.lumix import MODES
-from mcjax.models import MixtralConfig
+from mcjax.models.decoder import Decoder, Routed
+from mcjax.models.families import describe
 from mcjax.models.resnet import ResNet, resnet8, resnet18, resnet20, resnet50
 from mcjax.models.vit import ViT, vit_digits, vit_small, vit_tiny
 from mcjax.qat import QuantSpec
@@ -28,11 +29,11 @@ VISION_MODELS = {
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageRecipe:
-    """Training of a Mixtral on next-token prediction.
+    """Training of a model with routed experts on next-token prediction.
 
     Attributes:
-      model: its sizes; `vocab_size` is also that of the tokenizer, which is trained on the text
-        unless one is given.
+      model: its config.json, of any family in `mcjax.families()`; `vocab_size` is also that of the
+        tokenizer, which is trained on the text unless one is given.
       text: files relative to the config's own folder, or one `tfds:NAME`.
       held_out: share of the text, at its end, kept for validation.
       seq_len: tokens in a sequence.
@@ -52,7 +53,7 @@ class LanguageRecipe:
       evaluate_every: steps between validations.
     """
 
-    model: MixtralConfig
+    model: Mapping[str, Any]
     text: tuple[str, ...] = ()
     held_out: float = 0.02
     seq_len: int = 256
@@ -78,11 +79,19 @@ class LanguageRecipe:
             raise ValueError(f"recipe: held_out must be between 0 and 1, got {self.held_out}")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"recipe: dtype must be float32 or bfloat16, got {self.dtype!r}")
-        if self.seq_len > self.model.max_position_embeddings:
+        decoder = self.decoder
+        if self.seq_len > decoder.max_position_embeddings:
             raise ValueError(
                 f"recipe: seq_len {self.seq_len} exceeds the model's "
-                f"{self.model.max_position_embeddings} positions"
+                f"{decoder.max_position_embeddings} positions"
             )
+        if not any(isinstance(layer.block, Routed) for layer in decoder.layers):
+            raise ValueError("recipe: the model has no routed experts, and losses are about those")
+
+    @property
+    def decoder(self) -> Decoder:
+        """What `model` describes."""
+        return describe(self.model)[1]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

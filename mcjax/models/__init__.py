@@ -9,12 +9,9 @@ experts         gated networks, for all tokens or routed
 norms           root mean square normalisation
 rope            rotary positions and their stretchings
 families        a page for each family: its config and its tensors
-config          sizes of a Mixtral on planes
-mixtral         a Mixtral, dense or on planes; what artifacts are served by
 resnet, vit     images, with `layers` that train at every width
 """
 
-from mcjax.models.rope import RopeConfig
+from mcjax.models.language_model import LanguageModel
 
-
-__all__ = ["Mixtral", "MixtralConfig", "PlaneSpec", "RopeConfig"]
+__all__ = ["LanguageModel"]

@@ -13,6 +13,7 @@ from mcjax import odp
 from mcjax.models.decoder import Activation, Dense, Routed, Routing
 from mcjax.ops import choice, dot, expert_map, expert_rows_dot
 from mcjax.ops.dot import expert_product
+from mcjax.ops.route import route as most_probable
 
 _NAMES = ("gate", "up", "gate_bias", "up_bias", "down_bias", "down")
 
@@ -39,6 +40,9 @@ def route(spec: Routing, logits: jax.Array, correction: jax.Array | None = None)
     Returns:
       Weights float32 [N, K], descending, and experts int32 [N, K].
     """
+    if spec.score == "softmax" and spec.normalise and correction is None and spec.groups == 1:
+        weights, index = most_probable(logits, spec.top_k)
+        return weights * spec.scale, index
     score = jax.nn.softmax(logits, axis=-1) if spec.score == "softmax" else jax.nn.sigmoid(logits)
     chosen_by = score if correction is None else score + correction.reshape(1, -1)
     if spec.groups > 1:

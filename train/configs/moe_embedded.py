@@ -9,22 +9,21 @@
 
 from recipe import LanguageRecipe
 
-from mcjax.models import MixtralConfig
-
 recipe = LanguageRecipe(
-    model=MixtralConfig(
-        vocab_size=2048,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        num_local_experts=8,
-        num_experts_per_tok=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-    ),
+    model={
+        "model_type": "mixtral",
+        "vocab_size": 2048,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+    },
     text=("../data/king_james.txt",),
     held_out=0.01,
     seq_len=256,

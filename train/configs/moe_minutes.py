@@ -8,22 +8,21 @@ Text: the King James Bible, see train/data/README.md; --text FILE trains on your
 
 from recipe import LanguageRecipe
 
-from mcjax.models import MixtralConfig
-
 recipe = LanguageRecipe(
-    model=MixtralConfig(
-        vocab_size=1024,
-        hidden_size=96,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=24,
-        num_local_experts=8,
-        num_experts_per_tok=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-    ),
+    model={
+        "model_type": "mixtral",
+        "vocab_size": 1024,
+        "hidden_size": 96,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 24,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+    },
     text=("../data/king_james.txt",),
     held_out=0.01,
     seq_len=128,

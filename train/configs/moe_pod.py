@@ -10,22 +10,21 @@ small one, on several devices.
 
 from recipe import LanguageRecipe
 
-from mcjax.models import MixtralConfig
-
 recipe = LanguageRecipe(
-    model=MixtralConfig(
-        vocab_size=32000,
-        hidden_size=768,
-        intermediate_size=2048,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        num_key_value_heads=4,
-        head_dim=64,
-        num_local_experts=8,
-        num_experts_per_tok=2,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-    ),
+    model={
+        "model_type": "mixtral",
+        "vocab_size": 32000,
+        "hidden_size": 768,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": True,
+    },
     text=("tfds:c4/en",),
     held_out=0.0001,
     seq_len=2048,
