@@ -61,7 +61,7 @@ def dedicated_gptq(
         def run(own, layer=layer, x=x):
             some = (x[s : s + batch] for s in starts)
             each = [observe(layer, decoder.width, decoder.norm_eps, own, part) for part in some]
-            return zip(*each, strict=True)
+            return list(zip(*each, strict=True))
 
         _, grams, seen = run(own)
         grams = jax.tree.map(lambda *parts: sum(parts), *grams)

@@ -1,6 +1,5 @@
 """The benchmark itself: what it times gives right answers, and its rows mean what they say."""
 
-import dataclasses
 import time
 
 import jax
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 
 from mcjax import bench
+from mcjax.models import weights
 from mcjax.cli import main
 
 

@@ -53,7 +53,6 @@ def test_pruning_and_rounding_go_on(artifact, options):
     draft = speculate.self_draft(model, 2, 3)
     plain = write(model, PROMPTS, 12)
     np.testing.assert_array_equal(write(model, PROMPTS, 12, draft), plain)
-    assert draft.module.prune == model.module.prune
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="drafts round activations on CPU")

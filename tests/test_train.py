@@ -68,7 +68,7 @@ def test_exports_what_it_trained(trained):
     assert [row[0] for row in rows] == ["2", "4", "6"]
     first, last = (dict(zip(head, row, strict=True)) for row in (rows[0], rows[-1]))
     facts = evaluate(trained / "model", trained / "held_out.txt", seq_len=16)
-    assert facts["perplexity"] < 0.8 * np.exp(float(first["loss"]))
+    assert facts["perplexity"] < 0.9 * np.exp(float(first["loss"]))
     np.testing.assert_allclose(facts["perplexity"], float(last["perplexity"]), rtol=0.01)
 
 
@@ -163,6 +163,7 @@ def test_losses_by_hand():
 )
 def test_trains_other_families(more, tmp_path, text_file):
     base = {k: v for k, v in RECIPE.model.items() if "local_experts" not in k and k != "head_dim"}
+    base["num_key_value_heads"] = 2
     recipe = dataclasses.replace(RECIPE, model=base | more, steps=3)
     last = moe_lm.train(recipe, tmp_path / "run", text=[str(text_file)])
     assert weights(tmp_path / "run")["embedding"].shape == (300, 32)

@@ -185,7 +185,7 @@ def main() -> None:
         seq_len=made_of["calibration"]["window_tokens"],
         experts=list(experts.values()),
     )
-    print(f"{arguments.out}: trained at {specs['gate'].widths} bits for {arguments.steps} steps")
+    print(f"{arguments.out}: trained at {widths} bits for {arguments.steps} steps")
 
 
 if __name__ == "__main__":
