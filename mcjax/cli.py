@@ -157,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     compress = commands.add_parser(
         "compress",
         help="Hugging Face folder -> one artifact for every width",
-        description="Quantises a Mixtral to bit planes. One artifact then serves every average "
+        description="Quantises a language model to bit planes. One artifact then serves every average "
         "bit-width up to --max-bits, chosen when it is loaded.",
     )
     compress.add_argument(
@@ -232,6 +232,7 @@ def _parser() -> argparse.ArgumentParser:
         "--budget", type=float, help="average bits per expert weight, shared out by PMQ"
     )
     width.add_argument("--bits", type=int, help="one width for every expert")
+    _add_attention_bits(evaluate)
     _add_pruning(evaluate)
     evaluate.add_argument(
         "--calibration",
@@ -258,6 +259,7 @@ def _parser() -> argparse.ArgumentParser:
     width = generate.add_mutually_exclusive_group()
     width.add_argument("--budget", type=float, help="average bits per expert weight")
     width.add_argument("--bits", type=int, help="one width for every expert")
+    _add_attention_bits(generate)
     _add_pruning(generate)
     generate.add_argument(
         "--draft-bits",
@@ -291,6 +293,16 @@ def _parser() -> argparse.ArgumentParser:
     _add_cache(generate)
     generate.set_defaults(run=_generate)
     return parser
+
+
+def _add_attention_bits(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--attention-bits",
+        type=int,
+        metavar="K",
+        help="width of all that the budget is not about: attention, shared experts, dense layers "
+        "beside routed ones (default 4; `mcjax info` lists the stored widths)",
+    )
 
 
 def _version() -> str:
@@ -452,6 +464,7 @@ def _info(arguments: argparse.Namespace) -> None:
         "layers",
         "experts",
         "max_bits",
+        "attention_widths",
         "group_sizes",
         "bytes",
         "feasible_budgets",
@@ -475,6 +488,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         arguments.text,
         budget=arguments.budget,
         bits=arguments.bits,
+        attention_bits=arguments.attention_bits,
         seq_len=arguments.seq_len,
         max_tokens=arguments.max_tokens,
         calibration=arguments.calibration,
@@ -482,7 +496,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         **_pruning(arguments),
         progress=_progress,
     )
-    plain = not arguments.odp and arguments.act_bits is None and arguments.bos == "auto"
+    plain = not arguments.odp and arguments.act_bits is arguments.attention_bits is None
+    plain = plain and arguments.bos == "auto"
     if plain and Path(arguments.model, "manifest.json").is_file():
         record(arguments.model, Path(arguments.text).name, facts)
     if arguments.json:
@@ -517,6 +532,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         arguments.prompt,
         budget=arguments.budget,
         bits=arguments.bits,
+        attention_bits=arguments.attention_bits,
         **_pruning(arguments),
         max_new_tokens=arguments.max_new_tokens,
         sampling=Sampling(

@@ -23,6 +23,7 @@ from mcjax.calibrate import Seen, expert_errors, expert_grams, observe, pruning_
 from mcjax.hub import Folder, read_json
 from mcjax.models import weights
 from mcjax.models.decoder import Decoder, Routed
+from mcjax.models.families import describe
 from mcjax.models.language_model import embed
 from mcjax.notes import note
 from mcjax.quantize import quantize
@@ -174,7 +175,8 @@ def coverage(manifest: dict[str, Any]) -> list[tuple[int, int, int]]:
     frequency = np.array(manifest["statistics"]["frequency"])
     even = frequency.sum(axis=1, keepdims=True) / frequency.shape[1]
     where = np.argwhere(frequency < RARE_SHARE * even)
-    return [(int(i), int(e), int(frequency[i, e])) for i, e in where]
+    layers = weights.budgeted_layers(describe(manifest["config"])[1])
+    return [(layers[i], int(e), int(frequency[i, e])) for i, e in where]
 
 
 def _check_experts(experts, decoder: Decoder, max_bits: int) -> None:

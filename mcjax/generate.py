@@ -251,6 +251,7 @@ def generate_text(
     *,
     budget: float | None = None,
     bits: int | None = None,
+    attention_bits: int | None = None,
     act_bits: int | None = None,
     prune: str | None = None,
     quantile: float = odp.QUANTILE,
@@ -271,6 +272,7 @@ def generate_text(
       prompts: texts, continued as one batch.
       budget: as in `mcjax.load`.
       bits: as in `mcjax.load`.
+      attention_bits: as in `mcjax.load`.
       act_bits: as in `mcjax.load`.
       prune: as in `mcjax.load`.
       quantile: as in `mcjax.load`.
@@ -300,7 +302,15 @@ def generate_text(
             f"{path} is not an artifact, so --draft-bits does not apply; make one with "
             "`mcjax compress`"
         )
-    model = serving.load(path, budget, bits=bits, act_bits=act_bits, prune=prune, quantile=quantile)
+    model = serving.load(
+        path,
+        budget,
+        bits=bits,
+        attention_bits=attention_bits,
+        act_bits=act_bits,
+        prune=prune,
+        quantile=quantile,
+    )
     module, params, average = model.module, model.params, model.average_bits
     if draft_bits is not None:
         draft = self_draft(model, draft_bits, draft_length)

@@ -10,8 +10,9 @@ import numpy as np
 
 from mcjax import checkpoint, pmq, serving, tables
 from mcjax.atomic import whole
-from mcjax.bitplane import padded
+from mcjax.bitplane import padded, resolve_group_size
 from mcjax.compress import coverage
+from mcjax.models import families, weights
 
 MEASURED = "measured.jsonl"
 """Beside the artifact's data: what `mcjax eval` has measured on it, one JSON object a line."""
@@ -47,7 +48,9 @@ def describe(path: str | Path, budget: float | None = None) -> dict[str, Any]:
         "layers": layers,
         "experts": experts,
         "max_bits": manifest["max_bits"],
-        "group_sizes": sorted({g["group_size"] for g in manifest["geometry"].values()}),
+        "group_sizes": sorted({_group_size(manifest, role) for _, role in _roles(manifest)}),
+        "attention_widths": manifest["attention_widths"],
+        "layer_numbers": list(weights.budgeted_layers(families.describe(manifest["config"])[1])),
         "bytes": sum(f.stat().st_size for f in path.rglob("*") if f.is_file()),
         "expert_bytes": {
             k: expert_bytes(manifest, np.full((layers, experts), k)) for k in stats.bits
@@ -63,16 +66,27 @@ def describe(path: str | Path, budget: float | None = None) -> dict[str, Any]:
 
 def expert_bytes(manifest: dict[str, Any], allocation: np.ndarray) -> int:
     """Bytes of all expert weights with their tables at an allocation [L, E]."""
-    config = manifest["config"]
-    features = {"gate": "intermediate_size", "up": "intermediate_size", "down": "hidden_size"}
     total = 0
-    for name, d_out in features.items():
-        shape = manifest["geometry"][f"moe.experts.{name}"]
-        d_in = padded(shape["d_in"])
-        for width in np.asarray(allocation).ravel():
-            table = tables.num_rows(int(width)) * d_in // shape["group_size"]
-            total += config[d_out] * (int(width) * d_in // 8 + table)
+    for row, role in _roles(manifest):
+        d_in, d_out = padded(role.shape[-2]), role.shape[-1]
+        for width in map(int, np.asarray(allocation)[row]):
+            table = tables.num_rows(width) * d_in // _group_size(manifest, role)
+            total += d_out * (width * d_in // 8 + table)
     return total
+
+
+def _roles(manifest: dict[str, Any]) -> list[tuple[int, weights.Role]]:
+    """The weights that a budget is about, each with its row of an allocation."""
+    decoder = families.describe(manifest["config"])[1]
+    return [
+        (row, role)
+        for row, i in enumerate(weights.budgeted_layers(decoder))
+        for role in weights.budgeted(decoder, decoder.layers[i])
+    ]
+
+
+def _group_size(manifest: dict[str, Any], role: weights.Role) -> int:
+    return resolve_group_size(role.shape[-2], manifest["group_size"])
 
 
 def plot(facts: dict[str, Any], file: str | Path) -> None:
@@ -137,7 +151,8 @@ def _heat_map(figure, axis, facts):
             axis.text(column, row, label, ha="center", va="center", fontsize=7, color=color)
     axis.set_xlabel("expert")
     axis.set_ylabel("layer")
-    axis.set_yticks(range(0, values.shape[0], max(1, values.shape[0] // 16)))
+    rows = range(0, values.shape[0], max(1, values.shape[0] // 16))
+    axis.set_yticks(rows, [facts["layer_numbers"][row] for row in rows])
 
 
 def _curve(axis, points):

@@ -273,7 +273,8 @@ def with_pruning(
     if policy not in odp.POLICIES:
         raise ValueError(f"unknown pruning policy {policy!r}; one of {odp.POLICIES}")
     if all(np.size(of_layer.ratio) == 0 for of_layer in statistics):
-        note("each token has one expert, so there is none to skip: nothing is pruned")
+        each = "each token has one expert" if statistics else "the model has no routed experts"
+        note(f"{each}, so there is none to skip: nothing is pruned")
         return params
     params = jax.tree.map(lambda a: a, params)
     routed = [i for i, layer in enumerate(decoder.layers) if isinstance(layer.block, Routed)]

@@ -10,6 +10,8 @@ from test_families import write as write_fixture
 
 import mcjax
 from mcjax import checkpoint, compress, generate, serving, speculate
+from mcjax.bitplane import BitPlanes, MixedPlanes
+from mcjax.evaluate import evaluate
 from mcjax.models.decoder import Delta, Routed
 
 NAMES = ("mixtral_base.npz", "qwen3_moe", "deepseek_v3", "gpt_oss", "gemma3", "qwen3_next")
@@ -34,11 +36,25 @@ def case(request, tmp_path_factory, text_file):
     return folder, out, mcjax.load(folder), tokens
 
 
-def test_eight_bits_are_nearly_the_model(case):
-    _, out, dense, tokens = case
+def test_eight_bits_are_nearly_the_model(case, text_file):
+    folder, out, _, _ = case
     model = mcjax.load(out, attention_bits=8)
     assert model.average_bits == 8
-    assert error(model(tokens), np.asarray(dense(tokens))) < 0.05
+    common = dict(seq_len=24, max_tokens=2400)
+    served = evaluate(out, text_file, attention_bits=8, **common)["perplexity"]
+    assert abs(served / evaluate(folder, text_file, **common)["perplexity"] - 1) < 0.03
+
+
+def test_planes_are_what_they_dequantise_to(case):
+    _, out, _, tokens = case
+    model = mcjax.load(out, budget=2.5)
+    dense = jax.tree.map(
+        lambda w: w.dequantize() if isinstance(w, BitPlanes | MixedPlanes) else w,
+        model.params,
+        is_leaf=lambda w: isinstance(w, BitPlanes | MixedPlanes),
+    )
+    expected = model.module.apply({"params": dense}, tokens)
+    assert error(model(tokens), np.asarray(expected)) < 1e-4
 
 
 def test_budgets_and_refining(case):
