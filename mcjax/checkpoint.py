@@ -258,7 +258,7 @@ def read_rest(reader: ArtifactReader) -> dict[str, Any]:
     """Parameters outside the layers."""
     names = list(reader.manifest["checksums"]["rest"])
     values = reader.read(("rest", name, None) for name in names)
-    return unflatten({n: jnp.asarray(v) for n, v in zip(names, values, strict=True)})
+    return jax.device_put(unflatten(dict(zip(names, values, strict=True))))
 
 
 class _Room:
@@ -321,7 +321,7 @@ def read_layers(
         for fill in fills:
             fill()
         room.read()
-    return jax.tree.map(jnp.asarray, params)
+    return jax.device_put(params)
 
 
 def _plain(room: _Room, role: Role, layers: Sequence[int]):
@@ -496,7 +496,7 @@ def read_every_width(reader: ArtifactReader, i: int) -> dict[str, BitPlanes]:
                 room.fill(i, f"{role.name}.table_{k}", row, table[own])
         made[role.path[-1]] = planes
     room.read()
-    return jax.tree.map(jnp.asarray, made)
+    return jax.device_put(made)
 
 
 def read_planes(

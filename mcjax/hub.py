@@ -161,7 +161,7 @@ class Folder(Checkpoint):
                     room = (self.decoder.segments[s].repeats, *value.shape)
                     weights.put(tree, where, np.empty(room, value.dtype))
                 weights.get(tree, where)[repeat] = value
-        return jax.tree.map(jax.numpy.asarray, tree)
+        return jax.device_put(tree)
 
     def read_rest(self, dtype: Any = None) -> dict[str, Any]:
         """Weights outside the layers: embedding, norm and, if untied, head."""

@@ -86,17 +86,18 @@ class Model:
           ValueError: if the model has no planes.
         """
         decoder = self.module.decoder
-        rows = []
-        for i in weights.budgeted_layers(decoder):
-            role = weights.budgeted(decoder, decoder.layers[i])[0]
-            held = weights.get(weights.of_layer(decoder, self.params, i), role.path)
-            if not isinstance(held, MixedPlanes):
-                raise ValueError(
-                    f"the model of {self.path} has dense weights, not planes; make an artifact of "
-                    "it with `mcjax compress`"
-                )
-            rows.append(held.allocation.reshape(-1))
-        return np.stack(rows)
+        rows: dict[int, np.ndarray] = {}
+        for member in weights.members(decoder):
+            for role in weights.budgeted(decoder, member.layer)[:1]:
+                held = weights.get(self.params, member.path + role.path)
+                if not isinstance(held, MixedPlanes):
+                    raise ValueError(
+                        f"the model of {self.path} has dense weights, not planes; make an artifact "
+                        "of it with `mcjax compress`"
+                    )
+                widths = held.allocation.reshape(len(member.numbers), -1)
+                rows |= dict(zip(member.numbers, widths, strict=True))
+        return np.stack([rows[i] for i in sorted(rows)])
 
     @property
     def average_bits(self) -> float:
