@@ -36,7 +36,8 @@ def product(platform: str, rows: int, bits: float, act_bits: int | None) -> str:
 
     Args:
       platform: "cpu", "gpu" or "tpu".
-      rows: of activations that meet one weight, an expert's share of them on average.
+      rows: of activations that meet one weight, an expert's share of them on average; a symbol of
+        `jax.export` stands for many.
       bits: planes of the weight.
       act_bits: 8 or 16 if activations may be rounded to so many.
 
@@ -45,6 +46,8 @@ def product(platform: str, rows: int, bits: float, act_bits: int | None) -> str:
     """
     if platform == "tpu":
         return "pallas"
+    if not isinstance(rows, int):
+        return "tiled"
     if platform == "gpu":
         if rows <= DP4A_ROWS:
             return "popcount"
@@ -66,6 +69,8 @@ def expert_rows(platform: str, rows: int, experts: int, act_bits: int | None) ->
       experts: that share them.
       act_bits: as in `product`.
     """
+    if not isinstance(rows, int):
+        return EXPERT_ROWS["cpu"]
     share = -(-rows // experts)
     if platform == "cpu" and act_bits is not None and share <= POPCOUNT_ROWS:
         return 1 << (share - 1).bit_length()

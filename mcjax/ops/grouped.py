@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mcjax.bitplane import BitPlanes, MixedPlanes
+from mcjax.ops.linear import alike, linear
 
 Weight = jax.Array | BitPlanes | MixedPlanes
 
@@ -41,10 +42,13 @@ def expert_map(
     Returns:
       [N, d_out] of x's dtype; zeros where a row is not kept.
     """
-    x, index = jnp.asarray(x), jnp.asarray(index)
+    x, index = jnp.asarray(x), jnp.asarray(index).astype(jnp.int32)
     if keep is None:
         keep = jnp.ones(index.shape, bool)
-    return _expert_map(function, min(block, index.shape[0]), weights, x, index, keep)
+    if isinstance(index.shape[0], int):  # it may be a symbol, in `jax.export`
+        block = min(block, index.shape[0])
+    weights, x, index, keep = alike((weights, x, index, keep))
+    return _expert_map(function, block, weights, x, index, keep)
 
 
 class Groups(NamedTuple):
@@ -67,15 +71,16 @@ class Groups(NamedTuple):
 
 def group_rows(index: jax.Array, keep: jax.Array, num_experts: int) -> Groups:
     """Groups rows of the experts int `index` [N], those that `keep` bool [N] says."""
-    key = jnp.where(keep, index, num_experts)
-    expert = jnp.arange(num_experts)
-    count = jnp.sum(key == expert[:, None], axis=1)
+    key = jnp.where(keep, index, num_experts).astype(jnp.int32)
+    expert = jnp.arange(num_experts, dtype=jnp.int32)
+    count = jnp.sum(key[None] == expert[:, None], axis=1, dtype=jnp.int32)
+    before = jnp.where(expert[None] < expert[:, None], count[None], 0)
     return Groups(
-        jnp.argsort(count == 0, stable=True),
-        jnp.sum(count > 0),
-        jnp.argsort(key, stable=True),
+        jnp.argsort(count == 0, stable=True).astype(jnp.int32),
+        jnp.sum(count > 0, dtype=jnp.int32),
+        jnp.argsort(key, stable=True).astype(jnp.int32),
         # Of few experts: a bincount and a cumsum are a scatter and a dozen small programs in XLA.
-        jnp.sum(jnp.where(expert < expert[:, None], count, 0), axis=1),
+        jnp.sum(before, axis=1, dtype=jnp.int32),
         count,
     )
 
@@ -94,14 +99,15 @@ def _loop(groups: Groups, block, weights, visit, carry):
 
         def blocks(one):
             def one_block(b, carry):
-                valid = b * block + jnp.arange(block) < rows_of
+                valid = b * block + jnp.arange(block, dtype=jnp.int32) < rows_of
                 return visit(one, expert, first + b * block, valid, carry)
 
-            return lax.fori_loop(0, -(-rows_of // block), one_block, carry)
+            return lax.fori_loop(jnp.int32(0), -(-rows_of // block), one_block, carry)
 
         return blocks(_at(weights, expert))
 
-    return lax.fori_loop(0, groups.num_active, one_expert, carry)
+    carry = alike((carry, groups, weights))[0]
+    return lax.fori_loop(jnp.int32(0), groups.num_active, one_expert, carry)
 
 
 def _sorted(rows, groups: Groups, block):
@@ -111,7 +117,8 @@ def _sorted(rows, groups: Groups, block):
 
 def _unsorted(rows, groups: Groups, keep):
     """The inverse of `_sorted`, 0 where a row is not kept."""
-    place = jnp.zeros_like(groups.order).at[groups.order].set(jnp.arange(len(keep)))
+    numbers = jnp.arange(keep.shape[0], dtype=jnp.int32)
+    place = jnp.zeros_like(groups.order).at[groups.order].set(numbers)
     return jnp.where(keep[:, None], rows[place], 0)
 
 
@@ -125,7 +132,7 @@ def _at(tree: Any, i: jax.Array) -> Any:
     )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _expert_map(function, block, weights, x, index, keep):
     groups = group_rows(index, keep, weights[0].shape[0])
     rows = _sorted(x, groups, block)
@@ -134,35 +141,68 @@ def _expert_map(function, block, weights, x, index, keep):
         y = function(one, lax.dynamic_slice_in_dim(rows, start, block))
         return lax.dynamic_update_slice_in_dim(out, y.astype(out.dtype), start, axis=0)
 
-    out = jnp.zeros((len(rows), weights[-1].shape[-1]), x.dtype)
+    out = alike((jnp.zeros((rows.shape[0], weights[-1].shape[-1]), x.dtype), rows))[0]
     return _unsorted(_loop(groups, block, weights, visit, out), groups, keep)
 
 
-def _forward(function, block, weights, x, index, keep):
-    return _expert_map(function, block, weights, x, index, keep), (weights, x, index, keep)
+@_expert_map.defjvp
+def _jvp(function, block, primals, tangents):
+    leaves = jax.tree.leaves(primals[0])
+    # Of dense weights and biases there are derivatives, of planes and their places there are none.
+    moving = tuple(i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact))
+    changes = jax.tree.leaves(tangents[0])
+    operand = [changes[i] for i in moving], tangents[1]
+    forward = partial(_change, function, block, moving)
+    backward = partial(_transpose, function, block, moving)
+    return _expert_map(function, block, *primals), linear(forward, backward, primals, operand)
 
 
-def _backward(function, block, residuals, cotangent):
-    weights, x, index, keep = residuals
-    trained = not any(isinstance(w, BitPlanes | MixedPlanes) for w in weights)
+def _of_moving(function, moving, one):
+    """The function of one expert's floating-point weights and rows, and those weights."""
+    leaves, structure = jax.tree.flatten(one)
+
+    def apply(values, rows):
+        every = list(leaves)
+        for i, value in zip(moving, values, strict=True):
+            every[i] = value
+        return function(jax.tree.unflatten(structure, every), rows)
+
+    return apply, [leaves[i] for i in moving]
+
+
+def _change(function, block, moving, primals, operand):
+    """How the result changes to first order."""
+    weights, x, index, keep = primals
+    groups = group_rows(index, keep, weights[0].shape[0])
+    rows, changes = _sorted(x, groups, block), _sorted(operand[1], groups, block)
+
+    def visit(one, expert, start, valid, out):
+        apply, values = _of_moving(function, moving, one)
+        own, change = (lax.dynamic_slice_in_dim(a, start, block) for a in (rows, changes))
+        _, y = jax.jvp(apply, (values, own), (_at(operand[0], expert), change))
+        return lax.dynamic_update_slice_in_dim(out, y.astype(out.dtype), start, axis=0)
+
+    out = jnp.zeros((rows.shape[0], weights[-1].shape[-1]), x.dtype)
+    out = alike((out, rows, changes, operand))[0]
+    return _unsorted(_loop(groups, block, weights, visit, out), groups, keep)
+
+
+def _transpose(function, block, moving, primals, cotangent):
+    weights, x, index, keep = primals
     groups = group_rows(index, keep, weights[0].shape[0])
     rows, changes = _sorted(x, groups, block), _sorted(cotangent, groups, block)
 
     def visit(one, expert, start, valid, carry):
         of_weights, of_rows = carry
-        own = lax.dynamic_slice_in_dim(rows, start, block)
-        change = lax.dynamic_slice_in_dim(changes, start, block)
+        apply, values = _of_moving(function, moving, one)
+        own, change = (lax.dynamic_slice_in_dim(a, start, block) for a in (rows, changes))
         change = jnp.where(valid[:, None], change, 0)
-        if trained:
-            of_one, of_own = jax.vjp(function, one, own)[1](change)
-            of_weights = jax.tree.map(lambda a, d: a.at[expert].add(d), of_weights, of_one)
-        else:
-            (of_own,) = jax.vjp(lambda r: function(one, r), own)[1](change)
+        of_values, of_own = jax.vjp(apply, values, own)[1](change)
+        of_weights = [a.at[expert].add(d) for a, d in zip(of_weights, of_values, strict=True)]
         return of_weights, lax.dynamic_update_slice_in_dim(of_rows, of_own, start, axis=0)
 
-    zeros = jax.tree.map(jnp.zeros_like, weights) if trained else None
-    of_weights, of_rows = _loop(groups, block, weights, visit, (zeros, jnp.zeros_like(rows)))
-    return of_weights, _unsorted(of_rows, groups, keep), None, None
-
-
-_expert_map.defvjp(_forward, _backward)
+    leaves = jax.tree.leaves(weights)
+    zeros = [jnp.zeros_like(leaves[i]) for i in moving], jnp.zeros_like(rows)
+    zeros = alike((zeros, rows, changes))[0]
+    of_weights, of_rows = _loop(groups, block, weights, visit, zeros)
+    return of_weights, _unsorted(of_rows, groups, keep)
