@@ -92,11 +92,11 @@ def main():
     config = bench.MOE | {"tie_word_embeddings": False}
     module, params = bench.served_moe(act_bits=None, config=config)
     rounded = module.clone(act_bits=8)
-    prompts = np.random.default_rng(0).integers(0, config["vocab_size"], (arguments.prompts, PROMPT))
+    prompts = np.random.default_rng(0).integers(
+        0, config["vocab_size"], (arguments.prompts, PROMPT)
+    )
     drafts = {
-        (bench.BUDGET + 1, length): Draft(
-            module=rounded, params=params, length=length
-        )
+        (bench.BUDGET + 1, length): Draft(module=rounded, params=params, length=length)
         for length in (2, 4, 8)
     }
     rows += measure("200M, random", module, params, prompts.tolist(), drafts, arguments)

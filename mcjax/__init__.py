@@ -8,7 +8,7 @@ while serving. `tree` quantises any other parameter tree, `qat` trains a network
 width, and `lumix` mixes labels.
 """
 
-from mcjax import lumix, odp, pmq, qat, tree
+from mcjax import lumix, odp, pmq, portable, qat, tree
 from mcjax.bitplane import BitPlanes, MixedPlanes
 from mcjax.models.families import families
 from mcjax.ops import dot, expert_dot

@@ -375,9 +375,7 @@ def loading(repeats: int) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         artifact = Path(folder) / "artifact"
         compress(EMBEDDED, artifact, EMBEDDED / "calibration.txt", samples=4, seq_len=128)
-        candidates: dict[str, Callable] = {
-            "safetensors": lambda: serving.load(EMBEDDED).params
-        }
+        candidates: dict[str, Callable] = {"safetensors": lambda: serving.load(EMBEDDED).params}
         for k in (1, 2, 4):
             candidates[f"artifact, {k} bits"] = lambda k=k: serving.load(artifact, bits=k).params
         return timed(candidates, repeats)

@@ -344,6 +344,7 @@ def unpack_signs(planes: jax.Array, alpha: jax.Array, offset: jax.Array) -> jax.
       float32 [..., words * 32 * groups, d_out].
     """
     mask = (jnp.uint32(1) << jnp.arange(WORD, dtype=jnp.uint32))[:, None, None]
+    mask = mask.reshape((1,) * (planes.ndim - 3) + mask.shape)
     value: Any = offset[..., None, None, :, :]
     for p in range(planes.shape[-4]):
         word = planes[..., p, :, None, :, :]  # [..., words, 1, groups, d_out]

@@ -148,7 +148,9 @@ def _add_expert_grams(activation: Activation, weights: Any, seen: Seen, first, g
 
 
 @partial(jax.jit, static_argnames=("activation",))
-def _floor_grams(activation: Activation, weights: Any, x: jax.Array, layer: jax.Array, share: jax.Array):
+def _floor_grams(
+    activation: Activation, weights: Any, x: jax.Array, layer: jax.Array, share: jax.Array
+):
     def of_expert(own):
         _, hidden = one_expert(activation, own, x)
         return layer, share * (hidden.T @ hidden)
@@ -198,7 +200,13 @@ def expert_grams(
 
 @partial(jax.jit, static_argnames=("activation", "eps"))
 def expert_errors(
-    activation: Activation, weights: Any, planes: Any, seen: Seen, first, after=None, eps: float = 0.0
+    activation: Activation,
+    weights: Any,
+    planes: Any,
+    seen: Seen,
+    first,
+    after=None,
+    eps: float = 0.0,
 ) -> jax.Array:
     """Squared change of the block's output when one expert alone is served at one width.
 

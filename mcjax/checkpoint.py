@@ -328,9 +328,7 @@ def _plain(room: _Room, role: Role, layers: Sequence[int]):
     """An array [R, ...] of the stored type, and what fills each layer's part."""
     probe = room.reader.dtype(f"layers/{layers[0]}", role.name)
     made = room.empty((len(layers), *role.shape), probe)
-    return made, [
-        partial(room.fill, i, role.name, None, made[r]) for r, i in enumerate(layers)
-    ]
+    return made, [partial(room.fill, i, role.name, None, made[r]) for r, i in enumerate(layers)]
 
 
 def _uniform(room: _Room, role: Role, layers: Sequence[int], bits: int, group_size: int | None):
@@ -345,7 +343,9 @@ def _uniform(room: _Room, role: Role, layers: Sequence[int], bits: int, group_si
     return made, [partial(fill, r, i) for r, i in enumerate(layers)]
 
 
-def _mixed(room: _Room, role: Role, layers: Sequence[int], widths: np.ndarray, group_size: int | None):
+def _mixed(
+    room: _Room, role: Role, layers: Sequence[int], widths: np.ndarray, group_size: int | None
+):
     """`MixedPlanes` [R, ...] of the widths int [R, ...], and what fills each layer's part."""
     stack, slot = places(widths)
     shape = role.shape[-2:]

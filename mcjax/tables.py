@@ -100,7 +100,8 @@ def decode(table: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
     """
     alpha = step_value(table[..., : num_steps(width), :, :])
     if num_steps(width) < width:
-        alpha = alpha * basis(width)[0, :, None, None]
+        powers = basis(width)[0].reshape((1,) * (alpha.ndim - 3) + (width, 1, 1))
+        alpha = alpha * powers
     if not has_offset(width):
         return alpha, jnp.zeros_like(alpha[..., 0, :, :])
     return alpha, offset_ratio(table[..., -1, :, :]) * jnp.sum(alpha, axis=-3)

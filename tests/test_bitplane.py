@@ -74,7 +74,9 @@ def test_mixed_widths_keep_expert_order_and_sum_their_bits():
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(mixed.stacks))
     assert held == mixed.nbytes
     np.testing.assert_array_equal(mixed.allocation, allocation)
-    np.testing.assert_array_equal(mixed.at(2).choose(lambda w: w.dequantize()), mixed.dequantize()[2])
+    np.testing.assert_array_equal(
+        mixed.at(2).choose(lambda w: w.dequantize()), mixed.dequantize()[2]
+    )
     assert mixed.effective_bits == pytest.approx(8 * held / (5 * 64 * 3))
 
 

@@ -63,7 +63,9 @@ def test_embedded_model_is_small_and_reads_its_text():
     assert size < 8e6
     source = Folder(demo.EMBEDDED)
     tokens = encode_file(source.tokenizer_path, demo.EMBEDDED / "held_out.txt", 2048)
-    value = perplexity(LanguageModel(source.decoder), source.read(np.float32), windows(tokens, 256)[:8])
+    value = perplexity(
+        LanguageModel(source.decoder), source.read(np.float32), windows(tokens, 256)[:8]
+    )
     assert value[0] < 40
 
 

@@ -180,7 +180,9 @@ def test_stand_ins_are_the_weighted_least_squares(model_folder):
     seen = [Seen(some, *chosen(spec, moe, some)[:0:-1]) for some in x]
     statistics = pruning_statistics(spec, moe["experts"], seen)
     tokens = x.reshape(-1, 96)
-    weights_, index = (np.concatenate([getattr(s, n) for s in seen]) for n in ("weights", "experts"))
+    weights_, index = (
+        np.concatenate([getattr(s, n) for s in seen]) for n in ("weights", "experts")
+    )
     f = np.asarray(apply_experts(spec, moe["experts"], tokens, index.reshape(-1)))
     f = f.reshape(-1, 2, 96)
     mine = index[:, 1] == 2

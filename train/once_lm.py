@@ -47,9 +47,7 @@ def start(artifact: Path, params: Any) -> tuple[Any, Any, Any]:
     reader = checkpoint.ArtifactReader(artifact)
     decoder, group_size = reader.decoder, reader.manifest["group_size"]
     widths = tuple(reversed(reader.manifest["statistics"]["bits"]))
-    every = {
-        i: checkpoint.read_every_width(reader, i) for i in weights.budgeted_layers(decoder)
-    }
+    every = {i: checkpoint.read_every_width(reader, i) for i in weights.budgeted_layers(decoder)}
     kept = jax.tree.map(
         lambda w: w if isinstance(w, MixedPlanes) else dense(w, jnp.float32),
         model.params,
@@ -81,7 +79,9 @@ def served_at(trained: Any, kept: Any, specs: Any, bits: int) -> Any:
     return params
 
 
-def make_step(module: LanguageModel, teacher: Any, kept: Any, specs: Any, optimiser, objective, distill):
+def make_step(
+    module: LanguageModel, teacher: Any, kept: Any, specs: Any, optimiser, objective, distill
+):
     """The jitted training step; `State.extra` is the objective's state."""
     widths = next(iter(specs.values())).widths
 
@@ -149,7 +149,9 @@ def main() -> None:
     objective = qat.fixed()
     extra = objective.init(len(widths))
     state = State(jnp.zeros((), jnp.int32), trained, optimiser.init(trained), extra)
-    step = make_step(LanguageModel(decoder), teacher, kept, specs, optimiser, objective, arguments.distill)
+    step = make_step(
+        LanguageModel(decoder), teacher, kept, specs, optimiser, objective, arguments.distill
+    )
     shape = (arguments.batch_size, length)
     names = ("steps", "batch_size", "seq_len", "learning_rate", "distill")
     state = fit(

@@ -108,7 +108,7 @@ def heads(
         return k[:, :, start : start + size], v[:, :, start : start + size]
 
     def cached(start, size):
-        at = context.repeat, 0, 0, start, 0
+        at = tuple(map(jnp.int32, (context.repeat, 0, 0, start, 0)))
         return tuple(
             jax.lax.dynamic_slice(stack, at, (1, batch, kv, size, d))[0].astype(x.dtype)
             for stack in cache
@@ -173,7 +173,7 @@ def latent(
         return jnp.concatenate([kv[:, None, some], k_rope[:, None, some]], -1), kv[:, None, some]
 
     def cached(start, size):
-        at = context.repeat, 0, start, 0
+        at = tuple(map(jnp.int32, (context.repeat, 0, start, 0)))
         own, rotated = (
             jax.lax.dynamic_slice(a, at, (1, batch, size, a.shape[-1])).astype(x.dtype)
             for a in cache

@@ -46,7 +46,7 @@ def route(spec: Routing, logits: jax.Array, correction: jax.Array | None = None)
     score = jax.nn.softmax(logits, axis=-1) if spec.score == "softmax" else jax.nn.sigmoid(logits)
     chosen_by = score if correction is None else score + correction.reshape(1, -1)
     if spec.groups > 1:
-        grouped = chosen_by.reshape(len(logits), spec.groups, -1)
+        grouped = chosen_by.reshape(*logits.shape[:1], spec.groups, -1)
         best = jnp.sum(jax.lax.top_k(grouped, 2)[0], axis=-1)
         kept = jax.lax.top_k(best, spec.groups_kept)[1]
         kept = jnp.any(kept[..., None] == jnp.arange(spec.groups), axis=1)
@@ -154,13 +154,18 @@ def apply_experts(
       [N, D]; zeros where a row is not kept.
     """
     platform = jax.default_backend()
-    how = expert_product(len(index), weights["gate"], act_bits, product)
-    if how == "popcount" and platform == "gpu" and spec.activation == Activation() and not spec.bias:
+    how = expert_product(index.shape[0], weights["gate"], act_bits, product)
+    if (
+        how == "popcount"
+        and platform == "gpu"
+        and spec.activation == Activation()
+        and not spec.bias
+    ):
         from mcjax.ops import dp4a  # what it needs of Pallas is slow to import
 
         own = tuple(weights[name] for name in ("gate", "up", "down"))
         return dp4a.swiglu(x, own, index, keep, act_bits)
-    rows = jnp.repeat(x, len(index) // len(x), axis=0)
+    rows = jnp.repeat(x, index.shape[0] // x.shape[0], axis=0)
     if how == "pallas" or (how == "popcount" and platform == "gpu"):
         # The kernels take all experts at once, of any widths.
         def every(name, x):
@@ -172,7 +177,7 @@ def apply_experts(
         return y if keep is None or not spec.bias else jnp.where(keep[:, None], y, 0)
     names = tuple(name for name in _NAMES if name in weights)
     function = partial(_rows_of_one, spec.activation, act_bits, how, names)
-    block = choice.expert_rows(platform, len(rows), spec.experts, act_bits)
+    block = choice.expert_rows(platform, rows.shape[0], spec.experts, act_bits)
     return expert_map(function, tuple(weights[n] for n in names), rows, index, keep, block)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from mcjax import odp
 from mcjax.models import experts, weights
@@ -17,6 +18,7 @@ from mcjax.models.decoder import Decoder, Delta, Dense, Heads, Latent, Layer
 from mcjax.models.delta import Recurrent, delta
 from mcjax.models.norms import rms_norm
 from mcjax.ops import narrow_dot
+from mcjax.ops.linear import automatic
 
 SOWN = ("router", "experts", "keep", "recurrent")
 """Taps that come back as collections of their names: logits of routers, the
@@ -98,9 +100,19 @@ def forward(
       Logits, the cache, and the `taps` asked for: of each name nested dicts like the parameters',
       with arrays [R, ...] for the layers that have it.
     """
+    run = partial(_forward, decoder, dtype=dtype, act_bits=act_bits, taps=tuple(taps))
+
+    def specs():
+        of_logits = PartitionSpec(*jax.typeof(tokens).sharding.spec, None)
+        return of_logits, jax.tree.map(lambda a: jax.typeof(a).sharding.spec, cache), {}
+
+    return automatic(run, params, tokens, positions, cache, length, only, result=specs)
+
+
+def _forward(decoder, params, tokens, positions, cache, length, only, *, dtype, act_bits, taps):
     decoding = positions is not None and length is None
     if positions is None:
-        positions = jnp.arange(tokens.shape[1])[None]
+        positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     x = embed(decoder, params, tokens, dtype)
     cache = dict(cache) if cache is not None else None
     tapped: dict[str, Any] = {}

@@ -83,7 +83,7 @@ def angles(rope: Rope, positions: jax.Array, length: int) -> tuple[jax.Array, ja
       Two float32 [B or 1, T, dim / 2].
     """
     frequencies, scale = inverse_frequencies(rope, length)
-    phase = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies)
+    phase = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies)[None, None]
     return jnp.cos(phase) * scale, jnp.sin(phase) * scale
 
 

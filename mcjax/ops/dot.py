@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from mcjax.bitplane import BitPlanes, MixedPlanes
 from mcjax.ops import choice
 from mcjax.ops.grouped import Weight, expert_map
+from mcjax.ops.linear import automatic, rows_as
 from mcjax.ops.popcount import popcount_dot
 from mcjax.ops.rounding import rounded
 from mcjax.ops.tiled import int8_dot, tiled_dot
@@ -54,9 +55,14 @@ def dot(
         return planes.choose(lambda one: dot(x, one, act_bits, product))
     if not isinstance(planes, BitPlanes):
         return jnp.dot(x, dense(planes, x.dtype))
+    product_of = partial(_dot, act_bits=act_bits, product=product)
+    return automatic(product_of, x, planes, result=rows_as(x))
+
+
+def _dot(x: jax.Array, planes: BitPlanes, act_bits: int | None, product: str | None) -> jax.Array:
     rows = x.reshape(-1, x.shape[-1])
     platform = jax.default_backend()
-    product = product or choice.product(platform, len(rows), planes.bits, act_bits)
+    product = product or choice.product(platform, rows.shape[0], planes.bits, act_bits)
     if product not in choice.PRODUCTS or (
         product == "popcount" and not choice.counts(platform, act_bits)
     ):
@@ -72,7 +78,7 @@ def dot(
         y = tiled_dot(rounded(rows) if act_bits == 8 else rows, planes)
     else:
         experts = jax.tree.map(lambda a: a[None], planes)
-        y = expert_rows_dot(rows, experts, jnp.zeros(len(rows), int), None, act_bits, product)
+        y = expert_rows_dot(rows, experts, jnp.zeros(rows.shape[0], int), None, act_bits, product)
     return y.reshape(*x.shape[:-1], -1)
 
 
@@ -107,11 +113,14 @@ def expert_dot(
             f"index {index.shape} and keep {None if keep is None else keep.shape} must be "
             f"[{x.shape[0]}, K]"
         )
-    tokens, k = index.shape
-    rows = jnp.repeat(x, k, axis=0)
-    keep = None if keep is None else keep.reshape(-1)
-    y = expert_rows_dot(rows, planes, index.reshape(-1), keep, act_bits, product)
-    return y.reshape(tokens, k, -1)
+
+    def every(x, planes, index, keep):
+        rows = jnp.repeat(x, index.shape[1], axis=0)
+        keep = None if keep is None else keep.reshape(-1)
+        y = expert_rows_dot(rows, planes, index.reshape(-1), keep, act_bits, product)
+        return y.reshape(*index.shape, -1)
+
+    return automatic(every, x, planes, index, keep, result=rows_as(x, 2))
 
 
 def expert_rows_dot(

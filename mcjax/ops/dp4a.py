@@ -84,9 +84,7 @@ def expert_dots(
     Returns:
       For each weight [N, d_out] of x's dtype; zeros where a row is not kept.
     """
-    return _call(
-        _dots, _reference_dots, _Config(act_bits, interpret), x, weights, index, keep
-    )
+    return _call(_dots, _reference_dots, _Config(act_bits, interpret), x, weights, index, keep)
 
 
 def swiglu(
@@ -101,9 +99,7 @@ def swiglu(
 
     Otherwise as `expert_dots`.
     """
-    return _call(
-        _swiglu, _reference_swiglu, _Config(act_bits, interpret), x, weights, index, keep
-    )
+    return _call(_swiglu, _reference_swiglu, _Config(act_bits, interpret), x, weights, index, keep)
 
 
 class _Config(NamedTuple):
@@ -251,9 +247,7 @@ def _round_kernel(words, limbs, parts, packed, scale):
 def _multiply(config, rows: Rounded, weights: Weights, plan: Plan) -> jax.Array:
     """Partial sums float32 [splits, weights, rows of blocks, d_out]."""
     # Whole stacks, of which the kernel reads the planes of these widths: slices would be copies.
-    stacks = [
-        planes.stacks if isinstance(planes, MixedPlanes) else (planes,) for planes in weights
-    ]
+    stacks = [planes.stacks if isinstance(planes, MixedPlanes) else (planes,) for planes in weights]
     most = getattr(weights[0], "most", None)
     d_out = weights[0].shape[-1]
     blocks = plan.slots.shape[0]

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import AxisType, PartitionSpec
 
 
 def linear(forward: Callable, backward: Callable, constants: Any, operand: Any) -> Any:
@@ -31,11 +32,11 @@ def linear(forward: Callable, backward: Callable, constants: Any, operand: Any) 
     constants, operand = alike((constants, operand))
     held, structure = jax.tree.flatten(constants)
     leaves, shape_in = jax.tree.flatten(operand)
+    count = len(held)
     shape_out = jax.tree.structure(jax.eval_shape(forward, constants, operand))
 
     def flat(function, structure_of_argument):
         def apply(*args):
-            count = len(held)
             given = jax.tree.unflatten(structure_of_argument, args[count:])
             result = function(jax.tree.unflatten(structure, args[:count]), given)
             return jax.tree.leaves(alike((result, args))[0])
@@ -58,6 +59,27 @@ def alike(tree: Any) -> Any:
         return jax.lax.pcast(a, missing, to="varying") if missing else a
 
     return jax.tree.map(vary, tree) if axes else tree
+
+
+def automatic(function: Callable, *arguments: Any, result: Callable) -> Any:
+    """Calls a function, under automatic sharding where the mesh has explicit axes.
+
+    Loops over tiles and experts say nothing of shardings, so the compiler decides inside.
+
+    Args:
+      function: of trees of arrays.
+      *arguments: for it.
+      result: gives the `PartitionSpec`s of what comes back, when they are needed.
+    """
+    if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
+        return function(*arguments)
+    return jax.sharding.auto_axes(function, out_sharding=result())(*arguments)
+
+
+def rows_as(x: jax.Array, last: int = 1) -> Callable[[], PartitionSpec]:
+    """For `automatic`: shared out as x is, but for the last axes of the result."""
+    spec = jax.typeof(x).sharding.spec
+    return lambda: PartitionSpec(*spec[: x.ndim - 1], *[None] * last)
 
 
 def _axes_of(a):

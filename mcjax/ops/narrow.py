@@ -20,7 +20,7 @@ def narrow_dot(x: jax.Array, weight: jax.Array) -> jax.Array:
     """
     d_out, d_in = weight.shape
     narrow = (x.dtype, weight.dtype) == (jnp.float32, jnp.bfloat16)
-    if jax.default_backend() == "cpu" and narrow and len(x) > 1 and 4 * d_in <= TILE_BYTES:
+    if jax.default_backend() == "cpu" and narrow and x.shape[0] != 1 and 4 * d_in <= TILE_BYTES:
         tile = TILE_BYTES // (4 * d_in)
         if tile < d_out:
             return _by_tiles(tile, x, weight)
@@ -52,7 +52,7 @@ def _forward(tile, weight, x):
         wide = lax.bitcast_convert_type(own.astype(jnp.uint32) << 16, jnp.float32)
         return lax.dynamic_update_slice_in_dim(out, x @ wide.T, start, axis=1)
 
-    return fold_tiles(d_out, tile, cut, visit, jnp.zeros((len(x), d_out), x.dtype))
+    return fold_tiles(d_out, tile, cut, visit, jnp.zeros((x.shape[0], d_out), x.dtype))
 
 
 def _backward(weight, cotangent):

@@ -222,9 +222,9 @@ def plan_blocks(planes, index, keep, block_rows: int) -> Plan:
     rows, experts = index.shape[0], planes.shape[0]
     stack, slot = places_of(planes)
     by_stack = jnp.argsort(stack, stable=True)
-    index = jnp.zeros(experts, jnp.int32).at[by_stack].set(jnp.arange(experts, dtype=jnp.int32))[
-        index
-    ]
+    index = (
+        jnp.zeros(experts, jnp.int32).at[by_stack].set(jnp.arange(experts, dtype=jnp.int32))[index]
+    )
     stack, slot = stack[by_stack], slot[by_stack]
     count = len(stacks_of(planes))
     edges = jnp.searchsorted(stack, jnp.arange(count + 1))

@@ -37,10 +37,10 @@ def popcount_dot(x: jax.Array, planes: BitPlanes, act_bits: int = 8) -> jax.Arra
     level = jnp.pad(level, ((0, 0), (0, groups * planes.group_size - planes.d_in)))
     level = level.reshape(-1, groups, words, WORD)
     total = jnp.sum(level, axis=(-1, -2), dtype=jnp.int32).astype(jnp.float32)
-    shifts = jnp.arange(WORD, dtype=jnp.uint32)
-    place = jnp.arange(act_bits, dtype=jnp.uint32)[:, None, None, None]
-    twice = 2 ** np.arange(1, act_bits + 1, dtype=np.int32)[:, None, None]
-    twice[-1] *= -1
+    shifts = jnp.arange(WORD, dtype=jnp.uint32)[None, None, None, None]
+    place = jnp.arange(act_bits, dtype=jnp.uint32)[None, :, None, None, None]
+    twice = 2 ** np.arange(1, act_bits + 1, dtype=np.int32)[None, :, None, None]
+    twice[:, -1] *= -1
     bit = (level.astype(jnp.uint32)[:, None] >> place) & 1
     activation = jnp.sum(bit << shifts, axis=-1, dtype=jnp.uint32)  # [N, act_bits, groups, words]
     table, last = planes.tables[-1], tables_lib.num_steps(bits) - 1
@@ -59,12 +59,12 @@ def popcount_dot(x: jax.Array, planes: BitPlanes, act_bits: int = 8) -> jax.Arra
         for first in range(0, act_bits, 8):  # of more at once XLA on CPU makes no single pass
             count: Any = 0
             for v in range(words):
-                both = planes.planes[:, None, v] & activation[0, first : first + 8, :, v, None]
+                both = planes.planes[:, None, v] & activation[:, first : first + 8, :, v, None]
                 count = count + jax.lax.population_count(both)  # [bits, 8, groups, d_out]
-            count = count.astype(jnp.int32) * twice[first : first + 8]
+            count = count.astype(jnp.int32) * twice[:, first : first + 8]
             each = jnp.sum(count, axis=1, dtype=jnp.int32).astype(jnp.float32)
             if first == 0:
-                each = each + relative * total[0, :, None]
+                each = each + (relative * total[0, :, None])[None]
             # A sum by a product with ones leaves all of the above one fused pass on CPU.
             each = (alpha * each).reshape(bits * groups, -1)
             ones = jnp.ones((1, bits * groups), jnp.float32)

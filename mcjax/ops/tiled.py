@@ -53,8 +53,8 @@ def int8_dot(x: jax.Array, planes: BitPlanes) -> jax.Array:
 
     def prepare(words, alpha, offset):
         peak = jnp.max(jnp.abs(offset) + jnp.sum(alpha, axis=0), axis=0)
-        unit = jnp.where(peak > 0, peak / 127, 1)
-        return (words, alpha / unit, offset / unit), unit
+        unit = jnp.where(peak > 0, peak / 127, 1)[None]
+        return (words, alpha / unit[None], offset / unit), unit
 
     def visit(start, own, out):
         scaled, unit = own
@@ -80,7 +80,7 @@ def _backward(planes, cotangent):
         dy = lax.dynamic_slice_in_dim(cotangent, start, tile, 1)
         # The last tile may overlap the one before it, which ended at a multiple of the size.
         done = (start + tile - 1) // tile * tile
-        dy = jnp.where(start + jnp.arange(tile) >= done, dy, 0)
+        dy = jnp.where((start + jnp.arange(tile, dtype=jnp.int32) >= done)[None], dy, 0)
         return change + _product(dy, weight.T)
 
     features = planes.planes.shape[-2] * planes.group_size
