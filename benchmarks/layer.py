@@ -268,7 +268,7 @@ def quantising(decoder):
     spec = decoder.layers[0].block
     e, d, f = spec.experts, decoder.width, spec.width
     seconds = {"fast": 0.0, "normal": 0.0}
-    for weights, (d_in, d_out) in ((2, (d, f)), (1, (f, d))):
+    for count, (d_in, d_out) in ((2, (d, f)), (1, (f, d))):
         w = jax.random.normal(jax.random.key(0), (e, d_in, d_out)) * d_in**-0.5
         spread = jnp.exp(jax.random.normal(jax.random.key(1), (e, d_in)))
         gram = jax.vmap(jnp.diag)(spread) + 0.1 * spread[:, :, None] * spread[:, None]
@@ -277,7 +277,7 @@ def quantising(decoder):
         for effort, sweeps in (("fast", 1), ("normal", 6)):
             start = time.perf_counter()
             jax.block_until_ready(quantise(sweeps=sweeps))
-            seconds[effort] += weights * (time.perf_counter() - start)
+            seconds[effort] += count * (time.perf_counter() - start)
             print("seconds to quantise the experts to 1 to 4 bits, so far", seconds, flush=True)
     return seconds
 

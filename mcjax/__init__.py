@@ -26,6 +26,7 @@ __all__ = [
     "lumix",
     "odp",
     "pmq",
+    "portable",
     "qat",
     "quantize",
     "tree",

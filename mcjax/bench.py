@@ -38,7 +38,7 @@ from mcjax.sampling import Sampling
 SHAPE = (4096, 14336)
 """d_in, d_out of the products: up and gate of a Mixtral-8x7B expert."""
 
-MOE = {
+MOE: dict[str, Any] = {
     "model_type": "mixtral",
     "vocab_size": 8192,
     "hidden_size": 1024,

@@ -87,7 +87,7 @@ class BitPlanes:
           ValueError: if a width has no table, or the number of widths is not E.
         """
         if isinstance(width, int | np.integer):
-            return self._slice(int(width))
+            return self.at_width(int(width))
         allocation = tuple(int(k) for k in width)
         if self.ndim != 3 or len(allocation) != self.shape[0]:
             raise ValueError(
@@ -97,10 +97,11 @@ class BitPlanes:
         stacks = []
         for k in sorted(set(allocation)):
             experts = np.flatnonzero(np.asarray(allocation) == k)
-            stacks.append(jax.tree.map(lambda leaf, e=experts: leaf[e], self._slice(k)))
+            stacks.append(jax.tree.map(lambda leaf, e=experts: leaf[e], self.at_width(k)))
         return mixed(stacks, allocation)
 
-    def _slice(self, width: int) -> BitPlanes:
+    def at_width(self, width: int) -> BitPlanes:
+        """`slice` of one width."""
         if width not in self.widths:
             raise ValueError(f"width {width} is not one of the stored widths {self.widths}")
         return BitPlanes(
@@ -233,14 +234,14 @@ class MixedPlanes:
     def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
         """The weights in their own order, [..., d_in, d_out] of `dtype`."""
         starts = jnp.asarray(np.cumsum([0] + [s.shape[0] for s in self.stacks])[:-1])
-        stacks = [stack.slice(self._read(stack)).dequantize(dtype) for stack in self.stacks]
+        stacks = [stack.at_width(self._read(stack)).dequantize(dtype) for stack in self.stacks]
         return jnp.concatenate(stacks)[starts[self.stack] + self.slot]
 
     def _read(self, stack: BitPlanes) -> int:
         return stack.bits if self.most is None else min(self.most, stack.bits)
 
     def _one(self, stack: BitPlanes, slot: jax.Array) -> BitPlanes:
-        return jax.tree.map(lambda leaf: _at(leaf, slot), stack).slice(self._read(stack))
+        return jax.tree.map(lambda leaf: _at(leaf, slot), stack).at_width(self._read(stack))
 
     def __repr__(self) -> str:
         held = ", ".join(f"{s.shape[0]} of {s.bits} bits" for s in self.stacks)

@@ -47,9 +47,9 @@ class Seen(NamedTuple):
       weights: float32 [N, K].
     """
 
-    x: np.ndarray
-    experts: np.ndarray
-    weights: np.ndarray
+    x: Any
+    experts: Any
+    weights: Any
 
 
 @partial(jax.jit, static_argnames=("spec", "width", "eps"))
@@ -75,8 +75,8 @@ def observe(spec: Layer, width: int, eps: float, own: Any, x: jax.Array):
         a = a.reshape(-1, a.shape[-1])
         return a.T @ a
 
-    names = {role.tap for role in weights_lib.roles(spec, width)}
-    grams = {name: gram(taps[name]) for name in sorted(names & taps.keys(), key=str)}
+    names = {role.tap for role in weights_lib.roles(spec, width) if role.tap in taps}
+    grams = {str(name): gram(taps[name]) for name in sorted(names, key=str)}
     rows = taps["block_input"].reshape(-1, width)
     if isinstance(spec.block, Routed):
         return y, grams, Seen(rows, taps["experts"], taps["weights"])
@@ -100,7 +100,7 @@ class _Rows(NamedTuple):
     token: jax.Array
     weight: jax.Array
     first: jax.Array
-    count: jax.Array
+    rows_of: jax.Array
 
 
 def _rows(seen: Seen, first: int, experts: int) -> _Rows:
@@ -122,11 +122,11 @@ def _over_rows(x: jax.Array, rows: _Rows, e: jax.Array, visit: Callable, carry: 
     def block(b, carry):
         cut = partial(lax.dynamic_slice_in_dim, slice_size=BLOCK_ROWS)
         start = rows.first[e] + b * BLOCK_ROWS
-        inside = b * BLOCK_ROWS + jnp.arange(BLOCK_ROWS) < rows.count[e]
+        inside = b * BLOCK_ROWS + jnp.arange(BLOCK_ROWS) < rows.rows_of[e]
         weight = jnp.where(inside, cut(rows.weight, start), 0)
         return visit(x[cut(rows.token, start)], weight, carry)
 
-    return lax.fori_loop(0, -(-rows.count[e] // BLOCK_ROWS), block, carry)
+    return lax.fori_loop(0, -(-rows.rows_of[e] // BLOCK_ROWS), block, carry)
 
 
 @partial(jax.jit, static_argnames=("activation",), donate_argnames="grams")
@@ -163,7 +163,7 @@ def expert_grams(
     weights: Any,
     batches: Sequence[Seen],
     first: int,
-    layer: jax.Array,
+    layer: jax.Array | None,
     floor: float = GRAM_FLOOR,
 ) -> tuple[jax.Array, jax.Array]:
     """Gram matrices of some experts' inputs and hidden features, from the tokens routed to them.
@@ -178,14 +178,15 @@ def expert_grams(
       batches: of the layer.
       first: the index of the first of those experts.
       layer: float32 [D, D], the sum of x x' over all tokens.
-      floor: the weight w^2 of all tokens. The hidden features of `FLOOR_TOKENS` tokens stand for
-        those of all, since all tokens through all experts would be many times the work.
+      floor: the weight w^2 of all tokens; 0 for none, without `layer`. The hidden features of
+        `FLOOR_TOKENS` tokens stand for those of all, since all tokens through all experts would be
+        many times the work.
 
     Returns:
       float32 [B, D, D] and [B, F, F].
     """
     experts, width, hidden = weights["gate"].shape
-    if floor:
+    if floor and layer is not None:
         tokens = sum(len(seen.x) for seen in batches)
         each = max(1, FLOOR_TOKENS // len(batches))
         some = [seen.x[:: max(1, len(seen.x) // each)][:each] for seen in batches]

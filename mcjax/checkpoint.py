@@ -362,11 +362,12 @@ def _mixed(
                 room.fill(i, f"{role.name}.plane_{p}", e, own.planes[place, p])
             room.fill(i, f"{role.name}.table_{own.bits}", e, own.tables[0][place])
 
-    made = MixedPlanes(stacks=tuple(stacks), stack=stack, slot=slot)
+    where: Any = {"stack": stack, "slot": slot}
+    made = MixedPlanes(stacks=tuple(stacks), **where)
     return made, [partial(fill, r, i) for r, i in enumerate(layers)]
 
 
-def _empty_planes(room: _Room, shape, widths, group_size) -> BitPlanes:
+def _empty_planes(room: _Room, shape, widths, group_size) -> Any:
     like = jax.eval_shape(partial(empty, shape, widths, group_size))
     return jax.tree.map(lambda a: room.empty(a.shape, a.dtype), like)
 

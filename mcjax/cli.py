@@ -157,8 +157,8 @@ def _parser() -> argparse.ArgumentParser:
     compress = commands.add_parser(
         "compress",
         help="Hugging Face folder -> one artifact for every width",
-        description="Quantises a language model to bit planes. One artifact then serves every average "
-        "bit-width up to --max-bits, chosen when it is loaded.",
+        description="Quantises a language model to bit planes. One artifact then serves every "
+        "average bit-width up to --max-bits, chosen when it is loaded.",
     )
     compress.add_argument(
         "model", metavar="MODEL", help="folder with config.json, *.safetensors, tokenizer.json"

@@ -319,7 +319,7 @@ def _quantize_layer(decoder: Decoder, i: int, own: Any, grams, seen, identity, e
     for name in EXPERT_WEIGHTS:
         made = whole_layer[name]
         planes[(*path, name)] = made if routed else jax.tree.map(lambda a: a[0], made)
-    if routed:
+    if isinstance(layer.block, Routed):
         pruning = pruning_statistics(layer.block, own["block"]["experts"], seen)
         record |= {"ratio": pruning.ratio.tolist(), "slope": pruning.slope.tolist()}
         intercept = pruning.intercept.astype(ml_dtypes.bfloat16)

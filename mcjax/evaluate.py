@@ -124,7 +124,7 @@ def dense_pruning_statistics(
     """`mcjax.odp`'s statistics of every layer of experts, from windows int [N, T]."""
     batch = max(1, min(len(windows), batch_tokens // windows.shape[1]))
     starts = range(0, len(windows), batch)
-    x = [embed(decoder, params, windows[s : s + batch], jnp.float32) for s in starts]
+    x: Any = [embed(decoder, params, windows[s : s + batch], jnp.float32) for s in starts]
     statistics = []
     for i, layer in enumerate(decoder.layers):
         own = weights.of_layer(decoder, params, i)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, cast
 
 import flax.serialization
 import jax.numpy as jnp
@@ -20,10 +21,10 @@ from mcjax.models import decoder, rope
 from mcjax.models.language_model import LanguageModel
 from mcjax.serving import Model
 
-_DESCRIPTIONS = {
-    kind.__name__: kind
+_DESCRIPTIONS: dict[str, Any] = {
+    name: kind
     for module in (decoder, rope)
-    for kind in vars(module).values()
+    for name, kind in vars(module).items()
     if dataclasses.is_dataclass(kind)
 }
 
@@ -38,7 +39,7 @@ def encode(value: Any) -> Any:
                 "act_bits": value.act_bits,
             }
         }
-    if dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return {type(value).__name__: fields}
     if isinstance(value, tuple):
@@ -65,14 +66,14 @@ def decode(value: Any) -> Any:
     return _DESCRIPTIONS[name](**fields)
 
 
-def _register(kind: type, data: tuple[str, ...], meta: tuple[str, ...]) -> None:
+def _register(kind: Any, data: tuple[str, ...], meta: tuple[str, ...]) -> None:
     def dump(static: Any) -> bytes:
         return json.dumps(encode(tuple(static))).encode()
 
     def load(text: Any) -> Any:
         return decode(json.loads(bytes(text)))
 
-    def make(static: Any, children: Any) -> Any:
+    def make(static: Any, children: Iterable[Any]) -> Any:
         fields = zip(meta + data, (*static, *children), strict=True)
         return kind(**dict(fields))
 
@@ -81,7 +82,7 @@ def _register(kind: type, data: tuple[str, ...], meta: tuple[str, ...]) -> None:
         serialized_name=f"mcjax.{kind.__name__}",
         serialize_auxdata=dump,
         deserialize_auxdata=load,
-        from_children=make,
+        from_children=cast(Any, make),
     )
 
     def to_state(value: Any) -> dict[str, Any]:

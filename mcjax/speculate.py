@@ -254,7 +254,7 @@ def _recurrent(function, cache: Any, other: Any) -> Any:
 
 
 def _after(states: Recurrent, accepted: jax.Array) -> Recurrent:
-    """Of the states [R, B, T, ...] after each of T tokens those after `accepted` [B] more than 1."""
+    """States [R, B, T, ...] after T tokens: those after the first and `accepted` [B] more."""
 
     def pick(array):
         index = accepted.reshape(1, -1, *(1,) * (array.ndim - 2))

@@ -29,7 +29,7 @@ def case(request, tmp_path_factory, text_file):
     folder = write_fixture(tmp_path_factory.mktemp("family") / "model", config, tensors)
     tokenizer = Tokenizer(models.BPE())
     trainer = trainers.BpeTrainer(vocab_size=64, show_progress=False)
-    tokenizer.train_from_iterator(text_file.read_text().split(" ")[:500] + [" "], trainer)
+    tokenizer.train_from_iterator([*text_file.read_text().split(" ")[:500], " "], trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
     out = folder.parent / "artifact"
     compress.compress(folder, out, text_file, **COMMON)

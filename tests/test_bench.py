@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from mcjax import bench
-from mcjax.models import weights
 from mcjax.cli import main
+from mcjax.models import weights
 
 
 def test_rows_are_medians_and_ratios():

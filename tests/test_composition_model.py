@@ -66,7 +66,7 @@ def test_derivatives_of_every_mode(model):
     def loss(values):
         return jnp.mean(forward(model, joined(values)) ** 2)
 
-    value, forward_mode = jax.jit(lambda v: jax.jvp(loss, (v,), (change,)))(values)
+    _, forward_mode = jax.jit(lambda v: jax.jvp(loss, (v,), (change,)))(values)
     gradient = jax.jit(jax.grad(loss))(values)
     reverse_mode = sum(jnp.vdot(gradient[i], change[i]) for i in values)
     np.testing.assert_allclose(forward_mode, reverse_mode, rtol=2e-3)

@@ -17,7 +17,6 @@ from recipe import LanguageRecipe
 
 from mcjax.evaluate import evaluate
 from mcjax.hub import Folder
-from mcjax.models.families import describe
 from mcjax.models.language_model import LanguageModel
 
 TRAIN = Path(__file__).parent.parent / "train"

@@ -53,8 +53,8 @@ def adamw(
 ) -> optax.GradientTransformation:
     """AdamW with gradient clipping.
 
-    The rate climbs for `warmup` steps and then falls by a cosine to a hundredth. `decays` says which
-    parameters decay, a tree like them of bools; None lets matrices, and no norms and biases.
+    The rate climbs for `warmup` steps and then falls by a cosine to a hundredth. `decays` says
+    which parameters decay, a tree like them of bools; None lets matrices, and no norms and biases.
     """
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, learning_rate, warmup, max(steps, warmup + 1), learning_rate / 100

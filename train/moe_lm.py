@@ -40,7 +40,8 @@ def losses(module: LanguageModel, params: Any, tokens: jax.Array, axis: str | No
     """Cross-entropy and the router's two losses.
 
     ``balance = E sum_e f_e P_e`` with f_e the share of routed tokens that expert e got and P_e its
-    mean probability (its share of the scores, where they are sigmoids), 1 when even; ``z = mean(logsumexp(logits)^2)``; both are means over layers.
+    mean probability (its share of the scores, where they are sigmoids), 1 when even;
+    ``z = mean(logsumexp(logits)^2)``; both are means over layers.
 
     Args:
       module: the model.

@@ -76,6 +76,7 @@ def heads(
       `attention`, probabilities [B, H, T, T or S].
     """
     batch, length, _ = x.shape
+    taps: dict[str, Any] = {"mixer_input": x}
     h, kv, d = spec.heads, spec.kv_heads, spec.head_dim
     qkv = _biased(dot(x, weights["qkv"], act_bits), weights.get("qkv_bias"))
     wide = h * d * (2 if spec.gated else 1)
@@ -104,6 +105,8 @@ def heads(
             cache.values.at[place].set(v.astype(cache.values.dtype)),
         )
 
+    held: Any = cache
+
     def keys(start, size):
         return k[:, :, start : start + size], v[:, :, start : start + size]
 
@@ -111,7 +114,7 @@ def heads(
         at = tuple(map(jnp.int32, (context.repeat, 0, 0, start, 0)))
         return tuple(
             jax.lax.dynamic_slice(stack, at, (1, batch, kv, size, d))[0].astype(x.dtype)
-            for stack in cache
+            for stack in held
         )
 
     q = q.reshape(batch, length, kv, h // kv, d)
@@ -124,7 +127,7 @@ def heads(
     if gate is not None:
         out = out * jax.nn.sigmoid(gate.reshape(batch, length, -1))
     y = _biased(dot(out, weights["o"], act_bits), weights.get("o_bias"))
-    return y, cache, {"mixer_input": x, "mixer_output": out, "attention": map_}
+    return y, cache, taps | {"mixer_output": out, "attention": map_}
 
 
 def latent(
@@ -144,7 +147,7 @@ def latent(
     batch, length, _ = x.shape
     inner = 1e-6  # of the norms of latents, whatever the model's
     h, nope = spec.heads, spec.nope_dim
-    taps = {"mixer_input": x}
+    taps: dict[str, Any] = {"mixer_input": x}
     if spec.query_rank is None:
         q = dot(x, weights["q"], act_bits)
     else:
@@ -168,6 +171,8 @@ def latent(
             cache.key.at[place].set(k_rope.astype(cache.key.dtype)),
         )
 
+    held: Any = cache
+
     def keys(start, size):
         some = slice(start, start + size)
         return jnp.concatenate([kv[:, None, some], k_rope[:, None, some]], -1), kv[:, None, some]
@@ -176,7 +181,7 @@ def latent(
         at = tuple(map(jnp.int32, (context.repeat, 0, start, 0)))
         own, rotated = (
             jax.lax.dynamic_slice(a, at, (1, batch, size, a.shape[-1])).astype(x.dtype)
-            for a in cache
+            for a in held
         )
         own, rotated = (jnp.swapaxes(a, 0, 1) for a in (own, rotated))
         return jnp.concatenate([own, rotated], axis=-1), own
@@ -188,7 +193,7 @@ def latent(
     read, map_ = attend(rule, q, keys if cache is None else cached, whole, context, cache is None)
     out = jnp.einsum("bthr,rhv->bthv", read[:, :, 0], up[..., nope:]).reshape(batch, length, -1)
     y = _biased(dot(out, weights["o"], act_bits), weights.get("o_bias"))
-    return y, cache, {**taps, "mixer_output": out, "attention": map_}
+    return y, cache, taps | {"mixer_output": out, "attention": map_}
 
 
 KEYS = 256

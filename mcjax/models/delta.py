@@ -100,7 +100,7 @@ def delta(
             cache.state.at[context.repeat].set(state),
         )
     y = dot(out, weights["o"], act_bits)
-    seen = {"mixer_input": x, "mixer_output": out}
+    seen: dict[str, Any] = {"mixer_input": x, "mixer_output": out}
     if states is not None:
         last = jnp.arange(1, length + 1)[:, None] + jnp.arange(spec.kernel - 1)
         seen["recurrent"] = Recurrent(inputs[:, last], jnp.moveaxis(states, 0, 1))

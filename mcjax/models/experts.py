@@ -123,7 +123,7 @@ def routed(
 
 
 def chosen(spec: Routed, weights: Any, tokens: jax.Array):
-    """Logits float32 [N, E] of tokens [N, D], and their experts and shares as `route` gives them."""
+    """Logits float32 [N, E] of tokens [N, D], and their shares and experts as `route` has them."""
     logits = jnp.dot(tokens, weights["router"].astype(tokens.dtype)).astype(jnp.float32)
     if spec.routing.bias:
         logits = logits + weights["router_bias"].astype(jnp.float32).reshape(1, -1)

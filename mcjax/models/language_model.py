@@ -64,7 +64,7 @@ def run_layer(
     return x, cache, {**taps, **more}
 
 
-def embed(decoder: Decoder, params: Any, tokens: jax.Array, dtype: Any) -> jax.Array:
+def embed(decoder: Decoder, params: Any, tokens: Any, dtype: Any) -> jax.Array:
     """What enters the first layer: tokens int [B, T] to [B, T, D] of `dtype`."""
     x = params["embedding"][tokens].astype(dtype)
     if decoder.embedding_scale != 1:
@@ -126,7 +126,7 @@ def _forward(decoder, params, tokens, positions, cache, length, only, *, dtype, 
             own = together(own)
             pruned = any("threshold" in own[key]["block"] for key in own)
             context = Context(positions, length, repeat, decoding, pruned and not decoding)
-            wanted = {}
+            wanted: dict[str, Any] = {}
             for member, spec in enumerate(segment.period):
                 key = weights.layer_name(member)
                 before = None if held is None else held[key]

@@ -188,7 +188,7 @@ def stacks_of(planes: BitPlanes | MixedPlanes) -> tuple[BitPlanes, ...]:
         return (planes,)
     if planes.most is None:
         return planes.stacks
-    return tuple(stack.slice(min(planes.most, stack.bits)) for stack in planes.stacks)
+    return tuple(stack.at_width(min(planes.most, stack.bits)) for stack in planes.stacks)
 
 
 def places_of(planes: BitPlanes | MixedPlanes) -> tuple[jax.Array, jax.Array]:
