@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from mcjax import checkpoint
+from mcjax.models.attention import DRAFTED
 from mcjax.models.delta import Recurrent
 from mcjax.models.language_model import LanguageModel
 from mcjax.ops import choice
@@ -45,8 +46,8 @@ class Draft:
     length: int = 4
 
     def __post_init__(self):
-        if self.length < 1:
-            raise ValueError(f"draft_length must be at least 1, got {self.length}")
+        if not 1 <= self.length <= DRAFTED:
+            raise ValueError(f"draft_length must be 1 to {DRAFTED}, got {self.length}")
 
 
 @dataclass

@@ -10,7 +10,8 @@ import pytest
 from conftest import CONFIG
 
 import mcjax
-from mcjax import cli, generate
+from mcjax import cli, generate, speculate
+from mcjax.models.attention import DRAFTED
 from mcjax.models.families import describe
 from mcjax.sampling import filter_logits
 
@@ -58,6 +59,40 @@ def test_prefill_in_chunks(dense, window, chunk):
     for b, n in enumerate(length):  # slots of padding are overwritten before they are seen
         for own, other in zip(jax.tree.leaves(cache), jax.tree.leaves(whole), strict=True):
             np.testing.assert_allclose(own[:, b, :, :n], other[:, b, :, :n], atol=2e-5)
+
+
+@pytest.mark.parametrize("chunk", [3, 7, 64])
+def test_a_ring_of_the_windows_size_is_enough(dense, chunk):
+    """Past the window several times over, ragged, in chunks shorter and longer than the ring."""
+    module, params = dense
+    module = module.clone(decoder=describe(CONFIG | {"sliding_window": 5})[1])
+    tokens = np.random.default_rng(3).integers(0, 300, (2, 60))
+    whole = module.apply({"params": params}, tokens)
+    cache = module.empty_cache(2, 60)
+    assert jax.tree.leaves(cache)[0].shape[3] == 5 + DRAFTED
+    length = jnp.array([40, 29])
+    padded = np.where(np.arange(41)[None] < length[:, None], tokens[:, :41], 0)
+    arguments = module, params, padded, length, cache, None, generate.Sampling(), chunk
+    token, cache = generate.prefill(*arguments)
+    np.testing.assert_array_equal(token, np.argmax(whole[[0, 1], length - 1], axis=-1))
+    step = jax.jit(module.apply)
+    for i in range(20):
+        at = length[:, None] + i
+        logits, cache = step({"params": params}, np.take_along_axis(tokens, at, 1), at, cache)
+        expected = np.take_along_axis(whole, np.asarray(at)[..., None], axis=1)
+        np.testing.assert_allclose(logits, expected, atol=2e-5)
+
+
+def test_drafts_in_a_ring(artifact):
+    model = mcjax.load(artifact, bits=3)
+    windowed = describe(CONFIG | {"sliding_window": 4})[1]
+    module = model.module.clone(decoder=windowed)
+    model = dataclasses.replace(model, module=module)
+    prompts = [list(range(3, 30)), [7, 8, 9]]
+    plain = np.stack(list(generate.generate(module, model.params, prompts, 30)), axis=1)
+    draft = speculate.self_draft(model, 1, DRAFTED)
+    got = list(generate.generate(module, model.params, prompts, 30, draft=draft))
+    np.testing.assert_array_equal(np.stack(got, axis=1), plain)
 
 
 def test_chunks_bound_what_a_prefill_holds(artifact):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -33,7 +34,10 @@ class Context(NamedTuple):
 
 
 class KeyValues(NamedTuple):
-    """Keys and values of past tokens, stacked over layers; slot s holds position s.
+    """Keys and values of past tokens, stacked over layers.
+
+    Slot s holds position s or, where a window is much shorter than the text, the last position p
+    with ``p % S = s``: S is then `DRAFTED` more than the window.
 
     Attributes:
       keys: [R, B, KV, S, head_dim]. Heads come first, as attention multiplies them.
@@ -93,36 +97,39 @@ def heads(
         q = rope.rotate(q, cos, sin, spec.rope.interleaved)
         k = rope.rotate(k, cos, sin, spec.rope.interleaved)
     k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-    if cache is not None:
-        place = (
-            context.repeat,
-            jnp.arange(batch)[:, None, None],
-            jnp.arange(kv)[None, :, None],
-            context.positions[:, None],
-        )
-        cache = KeyValues(
-            cache.keys.at[place].set(k.astype(cache.keys.dtype)),
-            cache.values.at[place].set(v.astype(cache.values.dtype)),
-        )
-
-    held: Any = cache
-
-    def keys(start, size):
-        return k[:, :, start : start + size], v[:, :, start : start + size]
-
-    def cached(start, size):
-        at = tuple(map(jnp.int32, (context.repeat, 0, 0, start, 0)))
-        return tuple(
-            jax.lax.dynamic_slice(stack, at, (1, batch, kv, size, d))[0].astype(x.dtype)
-            for stack in held
-        )
-
     q = q.reshape(batch, length, kv, h // kv, d)
     sinks = None
     if spec.sinks:
         sinks = weights["sinks"].astype(jnp.float32).reshape(1, kv, h // kv, 1)
     rule = Rule(spec.scale, spec.window, sinks)
-    out, map_ = attend(rule, q, keys if cache is None else cached, whole, context, cache is None)
+    if cache is None:
+        out, map_ = attend(rule, q, k, v, context)
+    else:
+
+        def read(start, size):
+            at = tuple(map(jnp.int32, (context.repeat, 0, 0, start, 0)))
+            own = (jax.lax.dynamic_slice(a, at, (1, batch, kv, size, d))[0] for a in held)
+            return tuple(a.astype(x.dtype) for a in own)
+
+        held, slots = cache, cache.keys.shape[3]
+        ring = spec.window is not None and slots == spec.window + DRAFTED
+        if ring:
+            out, map_ = attend_ring(rule, q, k, v, context, read, slots)
+            # What is read must not be written before.
+            k, v, out = jax.lax.optimization_barrier((k, v, out))
+        place = (
+            context.repeat,
+            jnp.arange(batch)[:, None, None],
+            jnp.arange(kv)[None, :, None],
+            _slots(context, length, slots, ring)[:, None],
+        )
+        cache = KeyValues(
+            cache.keys.at[place].set(k.astype(cache.keys.dtype), mode="drop"),
+            cache.values.at[place].set(v.astype(cache.values.dtype), mode="drop"),
+        )
+        held = cache
+        if not ring:
+            out, map_ = attend_cached(rule, q, context, read, slots)
     out = out.reshape(batch, length, -1)
     if gate is not None:
         out = out * jax.nn.sigmoid(gate.reshape(batch, length, -1))
@@ -164,34 +171,30 @@ def latent(
     cos, sin = rope.angles(spec.rope, context.positions, whole)
     q_rope = rope.rotate(q[..., nope:], cos, sin, spec.rope.interleaved)
     k_rope = rope.rotate(k_rope[:, :, None], cos, sin, spec.rope.interleaved)[:, :, 0]
-    if cache is not None:
-        place = context.repeat, jnp.arange(batch)[:, None], context.positions
-        cache = Latents(
-            cache.latent.at[place].set(kv.astype(cache.latent.dtype)),
-            cache.key.at[place].set(k_rope.astype(cache.key.dtype)),
-        )
-
-    held: Any = cache
-
-    def keys(start, size):
-        some = slice(start, start + size)
-        return jnp.concatenate([kv[:, None, some], k_rope[:, None, some]], -1), kv[:, None, some]
-
-    def cached(start, size):
-        at = tuple(map(jnp.int32, (context.repeat, 0, start, 0)))
-        own, rotated = (
-            jax.lax.dynamic_slice(a, at, (1, batch, size, a.shape[-1])).astype(x.dtype)
-            for a in held
-        )
-        own, rotated = (jnp.swapaxes(a, 0, 1) for a in (own, rotated))
-        return jnp.concatenate([own, rotated], axis=-1), own
-
     up = dense(weights["kv_b"], x.dtype).reshape(spec.rank, h, nope + spec.value_dim)
     q_latent = jnp.einsum("bthn,rhn->bthr", q[..., :nope], up[..., :nope])
     q = jnp.concatenate([q_latent, q_rope], axis=-1)[:, :, None]
     rule = Rule(spec.scale, None, None)
-    read, map_ = attend(rule, q, keys if cache is None else cached, whole, context, cache is None)
-    out = jnp.einsum("bthr,rhv->bthv", read[:, :, 0], up[..., nope:]).reshape(batch, length, -1)
+    if cache is None:
+        own = kv[:, None]
+        out, map_ = attend(rule, q, jnp.concatenate([own, k_rope[:, None]], -1), own, context)
+    else:
+        place = context.repeat, jnp.arange(batch)[:, None], _slots(context, length, whole, False)
+        cache = held = Latents(
+            cache.latent.at[place].set(kv.astype(cache.latent.dtype), mode="drop"),
+            cache.key.at[place].set(k_rope.astype(cache.key.dtype), mode="drop"),
+        )
+
+        def read(start, size):
+            at = tuple(map(jnp.int32, (context.repeat, 0, start, 0)))
+            own, rotated = (
+                jnp.swapaxes(jax.lax.dynamic_slice(a, at, (1, batch, size, a.shape[-1])), 0, 1)
+                for a in held
+            )
+            return jnp.concatenate([own, rotated], -1).astype(x.dtype), own.astype(x.dtype)
+
+        out, map_ = attend_cached(rule, q, context, read, whole)
+    out = jnp.einsum("bthr,rhv->bthv", out[:, :, 0], up[..., nope:]).reshape(batch, length, -1)
     y = _biased(dot(out, weights["o"], act_bits), weights.get("o_bias"))
     return y, cache, taps | {"mixer_output": out, "attention": map_}
 
@@ -199,8 +202,15 @@ def latent(
 KEYS = 256
 """Keys that cached attention reads at once."""
 
+DRAFTED = 16
+"""Most tokens that a draft may have: so many slots a ring has beyond its window, see
+`attend_ring`."""
+
 QUERIES = 512
 """Queries that attention without a cache computes at once."""
+
+_NEVER = 1 << 30
+"""A position that no query sees."""
 
 
 class Rule(NamedTuple):
@@ -218,38 +228,28 @@ class Rule(NamedTuple):
 
 
 def attend(
-    rule: Rule, q: jax.Array, read: Any, whole: int, context: Context, fresh: bool
+    rule: Rule, q: jax.Array, k: jax.Array, v: jax.Array, context: Context
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Attention by blocks, so that no more than a block's scores are there at once.
+    """Attention among the tokens of a call, so that few queries' scores are there at once.
 
     Args:
       rule: of the scores.
       q: [B, T, KV, G, d].
-      read: (start, size) to keys [B, KV, size, d] and values [B, KV, size, dv] in slots from
-        `start` on.
-      whole: number of slots.
+      k: [B, KV, T, d].
+      v: [B, KV, T, dv].
       context: of the call.
-      fresh: whether slots hold the tokens of this call, rather than each the token at its position.
 
     Returns:
-      [B, T, KV, G, dv]; and if the context wants it probabilities [B, KV * G, T, whole], else None.
+      [B, T, KV, G, dv]; and if the context wants it probabilities [B, KV * G, T, T], else None.
     """
-    positions = context.positions
-    if not fresh and not context.mapped:
-        return _online(rule, q, read, whole, positions), None
-    k, v = read(0, whole)
-    key_positions = positions if fresh else jnp.arange(whole)[None]
+    positions, (batch, length) = context.positions, q.shape[:2]
 
-    def rows(q, positions):
-        weights = _probabilities(rule, q, k, positions, key_positions)
-        return jnp.einsum("bkgts,bksd->btkgd", weights, v), weights
+    def rows(q, at):
+        return _dense(rule, q, k, v, at, positions)
 
-    batch, length = q.shape[:2]
     if context.mapped or length <= QUERIES:
         out, weights = rows(q, positions)
-        if not context.mapped:
-            return out, None
-        return out, weights.reshape(batch, -1, length, whole)
+        return out, _map(weights, length) if context.mapped else None
     # Derivatives compute a block's scores again rather than keep those of all.
     count = -(-length // QUERIES)
     more = count * QUERIES - length
@@ -257,10 +257,120 @@ def attend(
     at = jnp.pad(positions, ((0, 0), (0, more)), mode="edge")
     blocks = (
         jnp.moveaxis(q.reshape(batch, count, QUERIES, *q.shape[2:]), 1, 0),
-        jnp.moveaxis(at.reshape(len(at), count, QUERIES), 1, 0),
+        jnp.moveaxis(at.reshape(at.shape[0], count, QUERIES), 1, 0),
     )
     out = jax.lax.map(jax.checkpoint(lambda block: rows(*block)[0]), blocks)
     return jnp.moveaxis(out, 0, 1).reshape(batch, -1, *out.shape[3:])[:, :length], None
+
+
+Read = Callable[[Any, int], tuple[jax.Array, jax.Array]]
+"""From a first slot and a number of them to keys [B, KV, size, d] and values [B, KV, size, dv]."""
+
+
+def attend_cached(
+    rule: Rule, q: jax.Array, context: Context, read: Read, slots: int
+) -> tuple[jax.Array, jax.Array | None]:
+    """As `attend`, to a cache where slot s holds position s, with the tokens of the call in it."""
+    positions, length = context.positions, q.shape[1]
+    if context.mapped:
+        out, weights = _dense(rule, q, *read(0, slots), positions, jnp.arange(slots)[None])
+        first = jnp.int32(positions[0, 0])
+        return out, jax.lax.dynamic_slice_in_dim(_map(weights, slots), first, length, axis=-1)
+    blocks = _blocks(positions, slots, read, lambda at: at[None])
+    return _online(rule, q, positions, blocks, _begin(rule, q, blocks)), None
+
+
+def attend_ring(
+    rule: Rule,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    context: Context,
+    read: Read,
+    slots: int,
+) -> tuple[jax.Array, jax.Array | None]:
+    """As `attend`, to the tokens of the call and a ring of those before, position p in slot p % S.
+
+    Of a position that two drafts wrote, the slot holds the later; a ring that is longer than the
+    window by as many tokens as a draft has never misses one that is still seen.
+    """
+    positions = context.positions
+    last = positions[:, :1] - 1  # before the call
+
+    def held(at):
+        position = last - (last - at[None]) % slots
+        return jnp.where(position >= 0, position, _NEVER)
+
+    if context.mapped:
+        before = read(0, slots)
+        keys, values = (jnp.concatenate(pair, axis=2) for pair in zip(before, (k, v), strict=True))
+        at = held(jnp.arange(slots, dtype=positions.dtype))
+        own = jnp.broadcast_to(positions, (at.shape[0], positions.shape[1]))
+        out, weights = _dense(rule, q, keys, values, positions, jnp.concatenate([at, own], 1))
+        return out, _map(weights, slots + q.shape[1])[..., slots:]
+    blocks = _blocks(jnp.minimum(last, slots - 1), slots, read, held)
+    begun = _fold(rule, q, k, v, positions, positions, _begin(rule, q, blocks))
+    return _online(rule, q, positions, blocks, begun), None
+
+
+class _Blocks(NamedTuple):
+    """Slots in blocks: how long, how many, what is in one, and the positions that slots hold."""
+
+    size: int
+    count: jax.Array
+    read: Callable
+    held: Callable
+
+
+def _blocks(positions, slots: int, read: Read, held: Callable) -> _Blocks:
+    """Those up to the last of the slots `positions`."""
+    size = min(KEYS, slots)
+    last = jnp.clip(jnp.max(positions), -1, slots - 1).astype(jnp.int32)
+
+    def one(i):
+        # The last block overlaps the one before it where blocks do not divide the slots.
+        start = jnp.minimum(i * size, slots - size)
+        at = start + jnp.arange(size, dtype=jnp.int32)
+        return *read(start, size), jnp.where((at >= i * size)[None], held(at), _NEVER)
+
+    return _Blocks(size, last // size + 1, one, held)
+
+
+def _begin(rule: Rule, q, blocks: _Blocks):
+    """Greatest score, sum of exponentials and sum of values of no keys yet, but for the sinks."""
+    batch, length, kv, group, _ = q.shape
+    values = jax.eval_shape(blocks.read, jnp.int32(0))[1].shape[-1]
+    shape = (batch, kv, group, length)
+    if rule.sinks is None:
+        most, total = jnp.full(shape, -jnp.inf), jnp.zeros(shape)
+    else:
+        most, total = jnp.broadcast_to(rule.sinks, shape), jnp.ones(shape)
+    return most, total, jnp.zeros((*shape, values))
+
+
+def _fold(rule: Rule, q, k, v, positions, key_positions, carry):
+    """Adds keys to a softmax that is kept up to date."""
+    most, total, out = carry
+    scores = _scores(rule, q, k, positions, key_positions)
+    new = jnp.maximum(most, jnp.max(scores, axis=-1))
+    finite = jnp.where(jnp.isfinite(new), new, 0)
+    part = jnp.exp(scores - finite[..., None])
+    fade = jnp.exp(most - finite)
+    total = total * fade + jnp.sum(part, axis=-1)
+    more = jnp.einsum("bkgts,bksd->bkgtd", part.astype(v.dtype), v).astype(jnp.float32)
+    return new, total, out * fade[..., None] + more
+
+
+def _online(rule: Rule, q, positions, blocks: _Blocks, carry) -> jax.Array:
+    def block(i, carry):
+        k, v, key_positions = blocks.read(i)
+        return _fold(rule, q, k, v, positions, key_positions, carry)
+
+    carry = alike((carry, q, positions))[0]
+    _, total, out = jax.lax.fori_loop(jnp.int32(0), blocks.count, block, carry)
+    # A query beyond the last slot sees none that is its own; what it gives means nothing.
+    out = out / jnp.maximum(total, 1e-30)[..., None]
+    return jnp.moveaxis(out, 3, 1).astype(q.dtype)
 
 
 def _scores(rule: Rule, q, k, positions, key_positions):
@@ -269,50 +379,32 @@ def _scores(rule: Rule, q, k, positions, key_positions):
     return jnp.where(seen[:, None, None], scores, -jnp.inf)
 
 
-def _probabilities(rule: Rule, q, k, positions, key_positions):
+def _dense(rule: Rule, q, k, v, positions, key_positions):
+    """The result [B, T, KV, G, dv] and all probabilities [B, KV, G, T, S]."""
     scores = _scores(rule, q, k, positions, key_positions)
     if rule.sinks is not None:
         sinks = jnp.broadcast_to(rule.sinks[..., None], (*scores.shape[:-1], 1))
         scores = jnp.concatenate([scores, sinks], axis=-1)
-    return jax.nn.softmax(scores, axis=-1)[..., : k.shape[2]].astype(q.dtype)
+    weights = jax.nn.softmax(scores, axis=-1)[..., : k.shape[2]].astype(q.dtype)
+    return jnp.einsum("bkgts,bksd->btkgd", weights, v), weights
 
 
-def _online(rule: Rule, q, read, whole: int, positions):
-    """Over blocks of the slots that some query can see, with a softmax that is kept up to date."""
-    size = min(KEYS, whole)
-    first = jnp.int32(0)
-    if rule.window is not None:
-        first = jnp.maximum(jnp.min(positions) - rule.window + 1, 0).astype(jnp.int32) // size
-    last = jnp.minimum(jnp.max(positions), whole - 1).astype(jnp.int32) // size + 1
+def _map(weights: jax.Array, keys: int) -> jax.Array:
+    batch, kv, group, length, _ = weights.shape
+    return weights.reshape(batch, kv * group, length, keys)
 
-    def block(i, carry):
-        most, total, out = carry
-        # The last block overlaps the one before it where blocks do not divide the slots.
-        start = jnp.minimum(i * size, whole - size)
-        slots = start + jnp.arange(size, dtype=jnp.int32)
-        k, v = read(start, size)
-        scores = _scores(rule, q, k, positions, slots[None])
-        scores = jnp.where(slots >= i * size, scores, -jnp.inf)
-        new = jnp.maximum(most, jnp.max(scores, axis=-1))
-        finite = jnp.where(jnp.isfinite(new), new, 0)
-        part = jnp.exp(scores - finite[..., None])
-        fade = jnp.exp(most - finite)
-        total = total * fade + jnp.sum(part, axis=-1)
-        read_now = jnp.einsum("bkgts,bksd->bkgtd", part.astype(v.dtype), v)
-        return new, total, out * fade[..., None] + read_now.astype(jnp.float32)
 
-    batch, length, kv, group, _ = q.shape
-    shape = (batch, kv, group, length)
-    values = jax.eval_shape(lambda: read(0, size))[1].shape[-1]
-    if rule.sinks is None:
-        most, total = jnp.full(shape, -jnp.inf), jnp.zeros(shape)
-    else:
-        most, total = jnp.broadcast_to(rule.sinks, shape), jnp.ones(shape)
-    carry = alike(((most, total, jnp.zeros((*shape, values))), q, positions))[0]
-    _, total, out = jax.lax.fori_loop(first, last, block, carry)
-    # A query beyond the last slot sees none that is its own; what it gives means nothing.
-    out = out / jnp.maximum(total, 1e-30)[..., None]
-    return jnp.moveaxis(out, 3, 1).astype(q.dtype)
+def _slots(context: Context, length: int, slots: int, ring: bool) -> jax.Array:
+    """Where each token's keys go, int [B or 1, T]; beyond the cache those that are not kept.
+
+    They are padding, and in a ring tokens whose slot a later one of the same call takes.
+    """
+    number = jnp.arange(length, dtype=context.positions.dtype)[None]
+    real = length if context.length is None else context.length[:, None]
+    kept = number < real
+    if not ring:
+        return jnp.where(kept, context.positions, slots)
+    return jnp.where(kept & (number >= real - slots), context.positions % slots, slots)
 
 
 def visible(positions: jax.Array, key_positions: jax.Array, window: int | None) -> jax.Array:

@@ -13,10 +13,11 @@ from jax.sharding import PartitionSpec
 
 from mcjax import odp
 from mcjax.models import experts, weights
-from mcjax.models.attention import Context, KeyValues, Latents, heads, latent
+from mcjax.models.attention import DRAFTED, Context, KeyValues, Latents, heads, latent
 from mcjax.models.decoder import Decoder, Delta, Dense, Heads, Latent, Layer
 from mcjax.models.delta import Recurrent, delta
 from mcjax.models.norms import rms_norm
+from mcjax.models.rope import STRETCHED
 from mcjax.ops import narrow_dot
 from mcjax.ops.linear import automatic
 
@@ -75,9 +76,6 @@ def embed(decoder: Decoder, params: Any, tokens: Any, dtype: Any) -> jax.Array:
 def _protected(x, context: Context, taps) -> jax.Array:
     """The tokens [B, T] of a prompt whose experts are all computed, see `mcjax.odp`."""
     attention = taps.get("attention")
-    if attention is not None:
-        first = context.positions[0, 0]
-        attention = jax.lax.dynamic_slice_in_dim(attention, first, x.shape[1], axis=-1)
     return odp.protect(odp.token_importance(x, attention, context.length))
 
 
@@ -162,7 +160,11 @@ def empty_cache(decoder: Decoder, batch: int, length: int, dtype: Any = jnp.floa
 
     def of_layer(mixer, repeats):
         if isinstance(mixer, Heads):
-            shape = (repeats, batch, mixer.kv_heads, length, mixer.head_dim)
+            slots = length
+            fixed = mixer.rope is None or mixer.rope.config.rope_type not in STRETCHED
+            if mixer.window is not None and fixed:
+                slots = min(length, mixer.window + DRAFTED)
+            shape = (repeats, batch, mixer.kv_heads, slots, mixer.head_dim)
             return KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
         if isinstance(mixer, Latent):
             room = (repeats, batch, length)

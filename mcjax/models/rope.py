@@ -36,6 +36,10 @@ class RopeConfig:
     long_factor: tuple[float, ...] = ()
 
 
+STRETCHED = ("dynamic", "longrope")
+"""Kinds that depend on the length of the whole sequence, for which a cache's slots stand."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rope:
     """Rotary positions of some features.
