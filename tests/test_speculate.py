@@ -341,7 +341,7 @@ def test_command(artifact, model_folder, capsys):
         ),
         ("not one of this artifact's widths (1, 2, 3)", (artifact, *common, "--draft-bits", 0)),
         ("not one of this artifact's widths", (artifact, *common, "--draft-bits", 4)),
-        ("at least 1, got 0", (artifact, *common, "--draft-bits", 1, "--draft-length", 0)),
+        ("1 to 16, got 0", (artifact, *common, "--draft-bits", 1, "--draft-length", 0)),
         ("needs --draft-bits", (artifact, *common, "--draft-length", 2)),
         ("is not an artifact", (model_folder, *common, "--draft-bits", 2)),
     ]:

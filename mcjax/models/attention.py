@@ -317,7 +317,7 @@ class _Blocks(NamedTuple):
     """Slots in blocks: how long, how many, what is in one, and the positions that slots hold."""
 
     size: int
-    count: jax.Array
+    number: jax.Array
     read: Callable
     held: Callable
 
@@ -367,7 +367,7 @@ def _online(rule: Rule, q, positions, blocks: _Blocks, carry) -> jax.Array:
         return _fold(rule, q, k, v, positions, key_positions, carry)
 
     carry = alike((carry, q, positions))[0]
-    _, total, out = jax.lax.fori_loop(jnp.int32(0), blocks.count, block, carry)
+    _, total, out = jax.lax.fori_loop(jnp.int32(0), blocks.number, block, carry)
     # A query beyond the last slot sees none that is its own; what it gives means nothing.
     out = out / jnp.maximum(total, 1e-30)[..., None]
     return jnp.moveaxis(out, 3, 1).astype(q.dtype)
