@@ -32,7 +32,7 @@ from mcjax.models import weights
 from mcjax.models.decoder import Decoder
 from mcjax.models.families import describe
 from mcjax.models.language_model import LanguageModel
-from mcjax.ops import dot, expert_dot
+from mcjax.ops import device, dot, expert_dot
 from mcjax.sampling import Sampling
 
 SHAPE = (4096, 14336)
@@ -95,7 +95,7 @@ def machine() -> dict[str, Any]:
 
     The arrays have 128 MB, and 1 GB where that would take no longer than to ask for it.
     """
-    size = (32 if jax.default_backend() == "cpu" else 256) << 20
+    size = (32 if device.platform() == "cpu" else 256) << 20
     source, target = jnp.ones(size, jnp.float32), jnp.zeros(size, jnp.float32)
     add = jax.jit(lambda a, b: b + a, donate_argnums=1)  # into a buffer that is mapped already
     seconds = []
@@ -106,7 +106,7 @@ def machine() -> dict[str, Any]:
     packages = ("jax", "jaxlib", "flax", "numpy", "torch")
     return {
         "device": jax.devices()[0].device_kind,
-        "platform": jax.default_backend(),
+        "platform": device.first().platform,
         "processor": _processor(),
         "bandwidth_gb_s": 3 * source.nbytes / float(np.median(seconds)) / 1e9,
         "versions": {p: version(p) for p in packages if importlib.util.find_spec(p)},

@@ -26,7 +26,7 @@ from mcjax import checkpoint
 from mcjax.models.attention import DRAFTED
 from mcjax.models.delta import Recurrent
 from mcjax.models.language_model import LanguageModel
-from mcjax.ops import choice
+from mcjax.ops import choice, device
 from mcjax.sampling import Sampling, allowed, filter_logits, sample
 from mcjax.serving import Model
 
@@ -85,7 +85,7 @@ def self_draft(model: Model, bits: int, length: int = 4) -> Draft:
     stored = tuple(reader.manifest["statistics"]["bits"])
     if bits not in stored:
         raise ValueError(f"draft bits {bits} is not one of this artifact's widths {stored}")
-    act_bits = choice.draft_act_bits(jax.default_backend(), model.module.act_bits)
+    act_bits = choice.draft_act_bits(device.platform(), model.module.act_bits)
     widest = int(model.allocation.max())
     if bits >= widest and act_bits == model.module.act_bits:
         raise ValueError(

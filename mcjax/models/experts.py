@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from mcjax import odp
 from mcjax.models.decoder import Activation, Dense, Routed, Routing
-from mcjax.ops import choice, dot, expert_map, expert_rows_dot
+from mcjax.ops import choice, device, dot, expert_map, expert_rows_dot
 from mcjax.ops.dot import expert_product
 from mcjax.ops.route import route as most_probable
 
@@ -153,7 +153,7 @@ def apply_experts(
     Returns:
       [N, D]; zeros where a row is not kept.
     """
-    platform = jax.default_backend()
+    platform = device.platform()
     how = expert_product(index.shape[0], weights["gate"], act_bits, product)
     if (
         how == "popcount"

@@ -2,6 +2,7 @@
 
 dot       `dot` and `expert_dot`, over dense or plane weights
 choice    which product they use
+device    what the device can do
 grouped   rows sorted by expert, so that each is computed once
 popcount  int8 activations against planes, by counting bits
 tiled     dequantised a tile at a time

@@ -35,7 +35,7 @@ def product(platform: str, rows: int, bits: float, act_bits: int | None) -> str:
     """The quicker product of rows with planes.
 
     Args:
-      platform: "cpu", "gpu" or "tpu".
+      platform: as `mcjax.ops.device.platform` has it.
       rows: of activations that meet one weight, an expert's share of them on average; a symbol of
         `jax.export` stands for many.
       bits: planes of the weight.
@@ -47,6 +47,8 @@ def product(platform: str, rows: int, bits: float, act_bits: int | None) -> str:
     if platform == "tpu":
         return "pallas"
     if not isinstance(rows, int):
+        return "tiled"
+    if platform == "plain":
         return "tiled"
     if platform == "gpu":
         if rows <= DP4A_ROWS:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from mcjax.bitplane import BitPlanes, MixedPlanes
-from mcjax.ops import choice
+from mcjax.ops import choice, device
 from mcjax.ops.grouped import Weight, expert_map
 from mcjax.ops.linear import automatic, rows_as
 from mcjax.ops.popcount import popcount_dot
@@ -61,7 +61,7 @@ def dot(
 
 def _dot(x: jax.Array, planes: BitPlanes, act_bits: int | None, product: str | None) -> jax.Array:
     rows = x.reshape(-1, x.shape[-1])
-    platform = jax.default_backend()
+    platform = device.platform()
     product = product or choice.product(platform, rows.shape[0], planes.bits, act_bits)
     if product not in choice.PRODUCTS or (
         product == "popcount" and not choice.counts(platform, act_bits)
@@ -135,7 +135,7 @@ def expert_rows_dot(
 
     Otherwise as `expert_dot`.
     """
-    platform = jax.default_backend()
+    platform = device.platform()
     how = expert_product(x.shape[0], planes, act_bits, product)
     if isinstance(planes, BitPlanes | MixedPlanes):  # what these need of Pallas is slow to import
         if how == "popcount" and platform == "gpu":
@@ -155,7 +155,7 @@ def expert_product(
     rows: int, planes: Weight, act_bits: int | None, product: str | None
 ) -> str | None:
     """The product of so many rows with experts: one for all of them, or None for each its own."""
-    platform = jax.default_backend()
+    platform = device.platform()
     if product or platform == "cpu" or not isinstance(planes, BitPlanes | MixedPlanes):
         return product
     return choice.product(platform, -(-rows // planes.shape[0]), planes.bits, act_bits)

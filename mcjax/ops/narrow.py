@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mcjax.ops import device
 from mcjax.ops.linear import linear
 from mcjax.ops.tiled import TILE_BYTES, fold_tiles
 
@@ -20,7 +21,7 @@ def narrow_dot(x: jax.Array, weight: jax.Array) -> jax.Array:
     """
     d_out, d_in = weight.shape
     narrow = (x.dtype, weight.dtype) == (jnp.float32, jnp.bfloat16)
-    if jax.default_backend() == "cpu" and narrow and x.shape[0] != 1 and 4 * d_in <= TILE_BYTES:
+    if device.platform() == "cpu" and narrow and x.shape[0] != 1 and 4 * d_in <= TILE_BYTES:
         tile = TILE_BYTES // (4 * d_in)
         if tile < d_out:
             return _by_tiles(tile, x, weight)

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mcjax.ops import device
+
 
 def route(logits: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """The k most probable experts of each token, of equals the first.
@@ -23,7 +25,7 @@ def route(logits: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     Returns:
       Weights float32 [N, k], descending and summing to 1, and experts int32 [N, k].
     """
-    return (kernel if jax.default_backend() == "gpu" else plain)(logits, k)
+    return (kernel if device.platform() == "gpu" else plain)(logits, k)
 
 
 def plain(logits: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:

@@ -12,6 +12,7 @@ from jax import lax
 
 from mcjax import tables as tables_lib
 from mcjax.bitplane import BitPlanes, unpack_signs
+from mcjax.ops import device
 from mcjax.ops.linear import alike, linear
 from mcjax.ops.rounding import quantize_activations
 
@@ -91,7 +92,7 @@ def _backward(planes, cotangent):
 
 def _over_tiles(planes: BitPlanes, dtype: Any, visit: Callable, carry: Any) -> Any:
     """Folds ``visit(start, tile dequantised to dtype, carry)`` over tiles of output features."""
-    if jax.default_backend() == "gpu":  # memory is not short, and the kernel is the quicker
+    if device.platform() == "gpu":  # memory is not short, and the kernel is the quicker
         from mcjax.ops import unpack as kernel  # what it needs of Pallas is slow to import
 
         return visit(jnp.int32(0), kernel.unpack(planes, dtype), carry)

@@ -30,6 +30,7 @@ import numpy as np
 from jax import lax
 
 from mcjax import tables as tables_lib
+from mcjax.ops import device
 
 BLOCK = 8
 """Features between which errors are fed one by one; those before them come in one product.
@@ -377,7 +378,7 @@ def _clipping(w, diagonal, width, mean, floor):
 
 def _sum_rows(term, rows):
     """The sum of ``term(row)`` over the first axis of the arrays of `rows`."""
-    if jax.default_backend() != "cpu":
+    if device.platform() != "cpu":
         return jax.tree.map(lambda a: jnp.sum(a, axis=0), jax.vmap(term)(rows))
     # One by one: XLA on CPU vectorises each addition, but no sum over the first axis.
     like = jax.eval_shape(term, jax.tree.map(lambda a: a[0], rows))
