@@ -38,8 +38,8 @@ from mcjax.odp import PruningStatistics
 
 FORMAT_VERSION = 4
 MANIFEST = "manifest.json"
-INTERCEPT = ("block", "intercept")
-BY_EXPERT = tuple(f"block.experts.{name}." for name in ("gate", "up", "down"))
+INTERCEPT = (*weights.BLOCK, "intercept")
+BY_EXPERT = tuple(".".join((*weights.EXPERTS, name, "")) for name in ("gate", "up", "down"))
 """How the names of leaves begin that are chunked along their first axis, experts."""
 
 

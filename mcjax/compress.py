@@ -281,7 +281,7 @@ def _quantize_layer(decoder: Decoder, i: int, own: Any, grams, seen, identity, e
         dense = jax.tree.map(lambda w: w[None], dense)
         experts = None if experts is None else jax.tree.map(lambda a: a[None], experts)
     activation, count = layer.block.activation, dense["gate"].shape[0]
-    after = own.get("block_after")
+    after = own.get(weights.AFTER)
 
     parts, errors = [], []
     size = 4 * sum(n * n for n in dense["gate"].shape[1:])
@@ -320,7 +320,7 @@ def _quantize_layer(decoder: Decoder, i: int, own: Any, grams, seen, identity, e
         made = whole_layer[name]
         planes[(*path, name)] = made if routed else jax.tree.map(lambda a: a[0], made)
     if isinstance(layer.block, Routed):
-        pruning = pruning_statistics(layer.block, own["block"]["experts"], seen)
+        pruning = pruning_statistics(layer.block, dense, seen)
         record |= {"ratio": pruning.ratio.tolist(), "slope": pruning.slope.tolist()}
         intercept = pruning.intercept.astype(ml_dtypes.bfloat16)
         planes[checkpoint.INTERCEPT] = intercept

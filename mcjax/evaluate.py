@@ -131,7 +131,9 @@ def dense_pruning_statistics(
         run = partial(observe, layer, decoder.width, decoder.norm_eps, own)
         x, _, seen = zip(*map(run, x), strict=True)
         if isinstance(layer.block, Routed):
-            statistics.append(pruning_statistics(layer.block, own["block"]["experts"], seen))
+            statistics.append(
+                pruning_statistics(layer.block, weights.get(own, weights.EXPERTS), seen)
+            )
     return statistics
 
 

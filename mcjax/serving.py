@@ -288,7 +288,7 @@ def with_pruning(
         if policy == "affine":
             more["slope"] = jnp.asarray(np.stack([each.slope for each in own]), jnp.float32)
             more["intercept"] = jnp.asarray(np.stack([each.intercept for each in own]))
-        weights.get(params, (*member.path, "block")).update(more)
+        weights.get(params, member.path + weights.BLOCK).update(more)
     return params
 
 

@@ -233,7 +233,7 @@ def test_programs_do_not_grow_with_depth():
 
 def test_families_are_known_on_their_pages_alone():
     for path in SOURCE.rglob("*.py"):
-        if path.parent.name != "families" and path.name != "config.py":
+        if path.parent.name != "families":
             text = path.read_text()
             for branch in ("model_type ==", "model_type in", 'model_type") =='):
                 assert branch not in text, path
@@ -290,3 +290,18 @@ def test_a_field_that_would_change_the_layers_is_refused(tmp_path):
     config, _, _, tensors = fixture("deepseek_v3")
     with pytest.raises(ValueError, match="moe_layer_freq 2 is not supported"):
         mcjax.load(write(tmp_path / "model", config | {"moe_layer_freq": 2}, tensors))
+
+
+def test_paths_of_parameters_are_known_in_one_place():
+    """No module but those of the decoder spells one out."""
+    import re
+
+    spelled = re.compile(r'"(block|mixer)[".]|segment_\d|\["(mixer|block)"\]')
+    modules = [p for p in SOURCE.rglob("*.py") if "models" not in p.parts]
+    found = [
+        (path.name, line)
+        for path in modules
+        for line in path.read_text().splitlines()
+        if spelled.search(line) and "block_input" not in line
+    ]
+    assert len(modules) > 30 and not found

@@ -18,6 +18,16 @@ _normal = nn.initializers.normal(0.02)
 _ones, _zeros = nn.initializers.ones, nn.initializers.zeros
 
 
+BLOCK = ("block",)
+"""Where a layer's network is, to which pruning adds what it needs; see `mcjax.odp`."""
+
+EXPERTS = ("block", "experts")
+"""Where the weights of routed experts are."""
+
+AFTER = "block_after"
+"""The scale of the norm of what a network gives, in layers that have one."""
+
+
 class Role(NamedTuple):
     """One weight of a layer.
 
@@ -202,7 +212,7 @@ def budgeted(decoder: Decoder, layer: Layer) -> tuple[Role, ...]:
     dense = isinstance(layer.block, Dense)
     if dense and any(isinstance(other.block, Routed) for other in decoder.layers):
         return ()
-    path = ("block",) if dense else ("block", "experts")
+    path = BLOCK if dense else EXPERTS
     every = roles(layer, decoder.width)
     return tuple(r for r in every if r.tap is not None and r.path[:-1] == path)
 
