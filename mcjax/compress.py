@@ -28,7 +28,10 @@ from mcjax.models.language_model import embed
 from mcjax.notes import note
 from mcjax.quantize import quantize
 
-ATTENTION_WIDTHS = (4, 8)
+ATTENTION_WIDTHS = (2, 3, 4, 8)
+ATTENTION_WEIGHTS = (0.0625, 0.25, 1.0, 1.0)
+"""How much each of those widths' errors counts, see `mcjax.quantize`."""
+
 TRAVELS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -268,7 +271,7 @@ def _quantize_layer(decoder: Decoder, i: int, own: Any, grams, seen, identity, e
                 group_size,
                 grams[role.tap],
                 widths=ATTENTION_WIDTHS,
-                weights=(1.0,) * len(ATTENTION_WIDTHS),
+                weights=ATTENTION_WEIGHTS,
                 sweeps=sweeps,
             )
     if not shared_out:
