@@ -271,6 +271,11 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--draft-length", type=int, metavar="N", help="tokens to draft at a time (default 4)"
     )
+    generate.add_argument(
+        "--cache-type",
+        choices=("float32", "bfloat16"),
+        help="of keys and values of past tokens (default float32)",
+    )
     generate.add_argument("--max-new-tokens", type=int, default=128, help="(default 128)")
     generate.add_argument(
         "--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token"
@@ -534,6 +539,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         bits=arguments.bits,
         attention_bits=arguments.attention_bits,
         **_pruning(arguments),
+        cache_dtype=arguments.cache_type,
         max_new_tokens=arguments.max_new_tokens,
         sampling=Sampling(
             temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p

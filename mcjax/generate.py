@@ -253,6 +253,7 @@ def generate_text(
     bits: int | None = None,
     attention_bits: int | None = None,
     act_bits: int | None = None,
+    cache_dtype: Any = None,
     prune: str | None = None,
     quantile: float = odp.QUANTILE,
     max_new_tokens: int = 128,
@@ -274,6 +275,7 @@ def generate_text(
       bits: as in `mcjax.load`.
       attention_bits: as in `mcjax.load`.
       act_bits: as in `mcjax.load`.
+      cache_dtype: as in `mcjax.load`.
       prune: as in `mcjax.load`.
       quantile: as in `mcjax.load`.
       max_new_tokens: at most so many.
@@ -308,6 +310,7 @@ def generate_text(
         bits=bits,
         attention_bits=attention_bits,
         act_bits=act_bits,
+        cache_dtype=cache_dtype,
         prune=prune,
         quantile=quantile,
     )

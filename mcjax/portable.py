@@ -37,6 +37,7 @@ def encode(value: Any) -> Any:
                 "decoder": encode(value.decoder),
                 "dtype": np.dtype(value.dtype).name,
                 "act_bits": value.act_bits,
+                "cache_dtype": value.cache_dtype and np.dtype(value.cache_dtype).name,
             }
         }
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -60,7 +61,8 @@ def decode(value: Any) -> Any:
     ((name, fields),) = value.items()
     fields = {key: decode(item) for key, item in fields.items()}
     if name == "LanguageModel":
-        return LanguageModel(**fields | {"dtype": getattr(jnp, fields["dtype"])})
+        kinds = {n: fields[n] and getattr(jnp, fields[n]) for n in ("dtype", "cache_dtype")}
+        return LanguageModel(**fields | kinds)
     if name not in _DESCRIPTIONS:
         raise ValueError(f"{name!r} describes no part of a model")
     return _DESCRIPTIONS[name](**fields)

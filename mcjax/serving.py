@@ -178,6 +178,7 @@ def load(
     attention_bits: int | None = None,
     dtype: Any = jnp.float32,
     act_bits: int | None = None,
+    cache_dtype: Any = None,
     prune: str | None = None,
     quantile: float = odp.QUANTILE,
 ) -> Model:
@@ -194,6 +195,7 @@ def load(
         layers beside routed ones; None for 4.
       dtype: of activations.
       act_bits: None, or 8 or 16 bits to round activations to, see `mcjax.dot`.
+      cache_dtype: of the caches of past tokens, None for `dtype`.
       prune: None, or the policy by which `mcjax.odp` skips experts, "affine" or "paper".
       quantile: share of the lower-ranked experts that is skipped on calibration text.
 
@@ -212,7 +214,7 @@ def load(
                 "Face folder: config.json is missing"
             )
         of_artifacts = budget, bits, allocation, attention_bits, act_bits, prune
-        return _load_folder(path, of_artifacts, dtype)
+        return _load_folder(path, of_artifacts, dtype, cache_dtype)
     reader = checkpoint.ArtifactReader(path, "model")
     manifest = reader.manifest
     widths = resolve_allocation(manifest, budget, bits, allocation)
@@ -228,14 +230,14 @@ def load(
         params = with_pruning(reader.decoder, params, pruning, prune, quantile)
     return Model(
         params=params,
-        module=LanguageModel(reader.decoder, dtype, act_bits),
+        module=LanguageModel(reader.decoder, dtype, act_bits, cache_dtype),
         path=str(reader.directory),
         bytes_read=reader.bytes_read,
         expert_bytes_read=reader.expert_bytes_read,
     )
 
 
-def _load_folder(path: str | Path, of_artifacts: tuple, dtype: Any) -> Model:
+def _load_folder(path: str | Path, of_artifacts: tuple, dtype: Any, cache_dtype: Any) -> Model:
     if any(value is not None for value in of_artifacts):
         raise ValueError(
             f"{path} is not an artifact, so budgets, bits, allocations, activation bits and "
@@ -245,7 +247,7 @@ def _load_folder(path: str | Path, of_artifacts: tuple, dtype: Any) -> Model:
     params = folder.read()
     return Model(
         params=params,
-        module=LanguageModel(folder.decoder, dtype),
+        module=LanguageModel(folder.decoder, dtype, cache_dtype=cache_dtype),
         path=str(folder.path),
         bytes_read=sum(leaf.nbytes for leaf in jax.tree.leaves(params)),
         expert_bytes_read=sum(w.nbytes for w in weights.expert_weights(folder.decoder, params)),

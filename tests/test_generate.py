@@ -156,6 +156,22 @@ def test_batch_equals_single_prompts(artifact, prune):
         assert together.shape == (3, 6)
 
 
+def test_a_narrow_cache_is_half_as_large_and_nearly_as_good(artifact):
+    wide, narrow = (mcjax.load(artifact, bits=3, cache_dtype=d) for d in (None, jnp.bfloat16))
+    caches = [model.module.empty_cache(2, 32) for model in (wide, narrow)]
+    sizes = [sum(leaf.nbytes for leaf in jax.tree.leaves(cache)) for cache in caches]
+    assert sizes[1] == sizes[0] / 2
+    tokens = np.random.default_rng(0).integers(0, 300, (2, 24))
+    logits = []
+    for model, cache in zip((wide, narrow), caches, strict=True):
+        apply = model.module.apply
+        _, cache = apply({"params": model.params}, tokens[:, :20], None, cache)
+        at = np.broadcast_to(np.arange(20, 24), (2, 4))
+        logits.append(apply({"params": model.params}, tokens[:, 20:], at, cache)[0])
+    far = np.abs(logits[0] - logits[1]).max() / np.abs(logits[0]).max()
+    assert 0 < far < 0.02
+
+
 def test_stop_tokens(artifact):
     model = mcjax.load(artifact, bits=3)
     free = np.stack(list(generate.generate(model.module, model.params, PROMPTS, 8)), axis=1)

@@ -110,7 +110,8 @@ def forward(
 def _forward(decoder, params, tokens, positions, cache, length, only, *, dtype, act_bits, taps):
     decoding = positions is not None and length is None
     if positions is None:
-        positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        positions = jnp.arange(tokens.shape[1])[None]
+    positions = jnp.asarray(positions).astype(jnp.int32)
     x = embed(decoder, params, tokens, dtype)
     cache = dict(cache) if cache is not None else None
     tapped: dict[str, Any] = {}
@@ -191,11 +192,14 @@ class LanguageModel(nn.Module):
       decoder: its description.
       dtype: of activations and products.
       act_bits: None, or 8 or 16 bits to round activations to, see `mcjax.dot`.
+      cache_dtype: of keys, values and latents of past tokens, None for `dtype`. A recurrent state
+        is float32 in any case.
     """
 
     decoder: Decoder
     dtype: Any = jnp.float32
     act_bits: int | None = None
+    cache_dtype: Any = None
 
     @property
     def config(self) -> Decoder:
@@ -204,7 +208,8 @@ class LanguageModel(nn.Module):
 
     def empty_cache(self, batch: int, length: int) -> Any:
         """Room for `length` tokens of `batch` sequences."""
-        return empty_cache(self.decoder, batch, length, self.dtype)
+        dtype = self.dtype if self.cache_dtype is None else self.cache_dtype
+        return empty_cache(self.decoder, batch, length, dtype)
 
     @nn.compact
     def __call__(
