@@ -33,7 +33,7 @@ from mcjax.hub import write
 from mcjax.models import weights
 from mcjax.models.decoder import Routed
 from mcjax.models.language_model import LanguageModel
-from mcjax.text import encode_file, open_tokenizer, perplexity, spread, windows
+from mcjax.text import beginning, encode_file, open_tokenizer, perplexity, spread, windows
 
 
 def losses(module: LanguageModel, params: Any, tokens: jax.Array, axis: str | None = None):
@@ -104,15 +104,20 @@ def make_step(module: LanguageModel, recipe: LanguageRecipe, optimiser, mesh):
 
 
 class FileCorpus:
-    """Tokens of whole texts in memory; a row of a batch is a window at a random place."""
+    """Tokens of whole texts in memory; a row of a batch is a window at a random place.
 
-    def __init__(self, tokens: np.ndarray, length: int):
+    It begins with the token that texts begin with, if there is one.
+    """
+
+    def __init__(self, tokens: np.ndarray, length: int, begin: int | None = None):
         self.tokens, self.length = tokens, length
+        self.first = [] if begin is None else [begin]
 
     def row(self, seed: int, step: int, i: int) -> np.ndarray:
         """Int32 [length], a pure function of its arguments."""
-        start = np.random.default_rng((seed, step, i)).integers(len(self.tokens) - self.length + 1)
-        return self.tokens[start : start + self.length]
+        own = self.length - len(self.first)
+        start = np.random.default_rng((seed, step, i)).integers(len(self.tokens) - own + 1)
+        return np.append(self.first, self.tokens[start : start + own]).astype(np.int32)
 
 
 class TfdsCorpus:
@@ -196,7 +201,9 @@ def prepare(recipe: LanguageRecipe, text: list[str], tokenizer: Path | None, wor
             "give more text or a smaller seq_len"
         )
     digest = hashlib.sha256(tokens.tobytes()).hexdigest()
-    return FileCorpus(tokens, length), windows(validation, recipe.seq_len, "held-out text"), digest
+    begin = beginning(work / "tokenizer.json", recipe.decoder.vocab_size, "auto")
+    tested = windows(validation, recipe.seq_len, "held-out text", begin)
+    return FileCorpus(tokens, length, begin), tested, digest
 
 
 def _prepare_tfds(recipe, name, tokenizer, work):

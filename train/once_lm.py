@@ -137,8 +137,9 @@ def main() -> None:
     widths = next(iter(specs.values())).widths
     tokens = text.encode_file(folder.tokenizer_path, arguments.text, decoder.vocab_size)
     length = arguments.seq_len + 1
-    text.windows(tokens, length, "training text")
-    corpus, mesh = FileCorpus(tokens, length), data_mesh()
+    begin = text.beginning(folder.tokenizer_path, decoder.vocab_size, "auto")
+    text.windows(tokens, length, "training text", begin)
+    corpus, mesh = FileCorpus(tokens, length, begin), data_mesh()
     optimiser = adamw(
         learning_rate=arguments.learning_rate,
         warmup=20,
