@@ -229,7 +229,7 @@ class MixedPlanes:
             return branch
 
         branches = [of_stack(stack) for stack in self.stacks]
-        return branches[0](self.slot) if len(branches) == 1 else _switch(self, branches)
+        return jax.lax.switch(self.stack, branches, self.slot)
 
     def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
         """The weights in their own order, [..., d_in, d_out] of `dtype`."""
@@ -246,10 +246,6 @@ class MixedPlanes:
     def __repr__(self) -> str:
         held = ", ".join(f"{s.shape[0]} of {s.bits} bits" for s in self.stacks)
         return f"MixedPlanes(shape={self.shape}, {held})"
-
-
-def _switch(planes: MixedPlanes, branches: list) -> Any:
-    return jax.lax.switch(planes.stack, branches, planes.slot)
 
 
 def _at(array: jax.Array, i: Any) -> jax.Array:

@@ -22,7 +22,7 @@ from mcjax.bitplane import BitPlanes, resolve_group_size
 from mcjax.calibrate import Seen, expert_errors, expert_grams, observe, pruning_statistics, use
 from mcjax.hub import Folder, read_json
 from mcjax.models import weights
-from mcjax.models.decoder import Decoder, Routed
+from mcjax.models.decoder import Decoder, Layer, Routed
 from mcjax.models.families import describe
 from mcjax.models.language_model import embed
 from mcjax.notes import note
@@ -258,76 +258,67 @@ def _observe(decoder: Decoder, i: int, own: Any, x: np.ndarray, batch: int, want
 def _quantize_layer(decoder: Decoder, i: int, own: Any, grams, seen, identity, experts):
     """Quantises and measures one layer: what the manifest needs, and planes by path."""
     layer = decoder.layers[i]
-    group_size, max_bits = identity["group_size"], identity["max_bits"]
-    sweeps = EFFORTS[identity["effort"]]
-    planes: dict[tuple[str, ...], Any] = {}
+    effort = {"group_size": identity["group_size"], "sweeps": EFFORTS[identity["effort"]]}
     shared_out = weights.budgeted(decoder, layer)
     paths = {role.path for role in shared_out}
-    for role in weights.roles(layer, decoder.width):
-        if role.tap is not None and role.path not in paths:
-            planes[role.path] = quantize(
-                weights.get(own, role.path),
-                ATTENTION_WIDTHS[-1],
-                group_size,
-                grams[role.tap],
-                widths=ATTENTION_WIDTHS,
-                weights=ATTENTION_WEIGHTS,
-                sweeps=sweeps,
-            )
+    planes: dict[tuple[str, ...], Any] = {
+        role.path: quantize(
+            weights.get(own, role.path),
+            ATTENTION_WIDTHS[-1],
+            gram=grams[role.tap],
+            widths=ATTENTION_WIDTHS,
+            weights=ATTENTION_WEIGHTS,
+            **effort,
+        )
+        for role in weights.roles(layer, decoder.width)
+        if role.tap is not None and role.path not in paths
+    }
     if not shared_out:
         return {}, planes
     path = shared_out[0].path[:-1]
-    routed = isinstance(layer.block, Routed)
     dense = weights.get(own, path)
     dense = {n: w for n, w in dense.items() if n.split("_")[0] in EXPERT_WEIGHTS}
+    routed = isinstance(layer.block, Routed)
     if not routed:  # the one expert of its layer
-        dense = jax.tree.map(lambda w: w[None], dense)
-        experts = None if experts is None else jax.tree.map(lambda a: a[None], experts)
-    activation, count = layer.block.activation, dense["gate"].shape[0]
-    after = own.get(weights.AFTER)
+        dense, experts = jax.tree.map(lambda w: w[None], (dense, experts))
 
+    def make(some, mine):
+        if experts is not None:
+            return jax.tree.map(lambda a: a[some], experts)
+        activation, every = layer.block.activation, grams["block_input"]
+        into, hidden = expert_grams(activation, mine, seen, some.start, every)
+        of = {"gate": into, "up": into, "down": hidden}
+        bits = identity["max_bits"]
+        return {n: quantize(mine[n], bits, gram=of[n], **effort) for n in EXPERT_WEIGHTS}
+
+    made, error = _by_blocks(decoder, layer, dense, seen, make, own.get(weights.AFTER))
+    planes |= {
+        (*path, name): p if routed else jax.tree.map(lambda a: a[0], p) for name, p in made.items()
+    }
+    frequency, weight = use(len(error), seen)
+    record = {"frequency": frequency, "routing_weight": weight, "error": error}
+    if isinstance(layer.block, Routed):
+        pruning = pruning_statistics(layer.block, dense, seen)
+        record |= {"ratio": pruning.ratio, "slope": pruning.slope}
+        planes[checkpoint.INTERCEPT] = pruning.intercept.astype(ml_dtypes.bfloat16)
+    return {name: value.tolist() for name, value in record.items()}, planes
+
+
+def _by_blocks(decoder: Decoder, layer: Layer, dense: Any, seen, make, after):
+    """Experts' planes on the host and their errors [E, widths], a block of experts at a time."""
+    count, *features = dense["gate"].shape
+    step = max(1, min(count, GRAM_BYTES // (4 * sum(n * n for n in features))))
     parts, errors = [], []
-    size = 4 * sum(n * n for n in dense["gate"].shape[1:])
-    step = max(1, min(count, GRAM_BYTES // size))
     for first in range(0, count, step):
         some = slice(first, first + step)
         mine = jax.tree.map(lambda w, s=some: w[s], dense)
-        if experts is not None:
-            made = jax.tree.map(lambda a, s=some: a[s], experts)
-        else:
-            into, hidden = expert_grams(activation, mine, seen, first, grams["block_input"])
-            made = {
-                name: quantize(
-                    mine[name],
-                    max_bits,
-                    group_size,
-                    hidden if name == "down" else into,
-                    sweeps=sweeps,
-                )
-                for name in EXPERT_WEIGHTS
-            }
-        of_batch = (
-            expert_errors(activation, mine, made, batch, first, after, decoder.norm_eps)
-            for batch in seen
-        )
-        errors.append(np.asarray(sum(of_batch)))
+        made = make(some, mine)
+        measure = partial(expert_errors, layer.block.activation, mine, made)
+        each = (measure(batch, first, after, decoder.norm_eps) for batch in seen)
+        errors.append(np.asarray(sum(each)))
         parts.append(jax.device_get(made))
     whole_layer = jax.tree.map(lambda *a: np.concatenate(a), *parts)
-    frequency, weight = use(count, seen)
-    record = {
-        "frequency": frequency.tolist(),
-        "routing_weight": weight.tolist(),
-        "error": np.sqrt(np.concatenate(errors)).tolist(),
-    }
-    for name in EXPERT_WEIGHTS:
-        made = whole_layer[name]
-        planes[(*path, name)] = made if routed else jax.tree.map(lambda a: a[0], made)
-    if isinstance(layer.block, Routed):
-        pruning = pruning_statistics(layer.block, dense, seen)
-        record |= {"ratio": pruning.ratio.tolist(), "slope": pruning.slope.tolist()}
-        intercept = pruning.intercept.astype(ml_dtypes.bfloat16)
-        planes[checkpoint.INTERCEPT] = intercept
-    return record, planes
+    return whole_layer, np.sqrt(np.concatenate(errors))
 
 
 def _prepare(directory: Path, identity: dict[str, Any], resume: bool) -> None:
