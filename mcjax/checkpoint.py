@@ -15,26 +15,21 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import math
 import time
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
-from functools import cached_property, partial
+from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mcjax.bitplane import BitPlanes, MixedPlanes, draft_widths, empty, places
+from mcjax.bitplane import BitPlanes
 from mcjax.hub import read_json
 from mcjax.models import weights
-from mcjax.models.decoder import Decoder, Routed
+from mcjax.models.decoder import Decoder
 from mcjax.models.families import describe
-from mcjax.models.weights import Role
-from mcjax.odp import PruningStatistics
 
 FORMAT_VERSION = 4
 MANIFEST = "manifest.json"
@@ -254,252 +249,6 @@ def verify(reader: ArtifactReader) -> int:
     return reader.bytes_read
 
 
-def read_rest(reader: ArtifactReader) -> dict[str, Any]:
-    """Parameters outside the layers."""
-    names = list(reader.manifest["checksums"]["rest"])
-    values = reader.read(("rest", name, None) for name in names)
-    return jax.device_put(unflatten(dict(zip(names, values, strict=True))))
-
-
-class _Room:
-    """Arrays to be filled as chunks are read: requests, and where each answer goes.
-
-    Arrays begin where a device that shares the host's memory can take them over without a copy.
-    """
-
-    def __init__(self, reader: ArtifactReader):
-        self.reader = reader
-        self.pending: list[tuple[tuple[str, str, int | None], np.ndarray]] = []
-
-    def empty(self, shape: Sequence[int], dtype: Any) -> np.ndarray:
-        size = math.prod(shape) * np.dtype(dtype).itemsize
-        raw = np.empty(size + 64, np.uint8)
-        start = -raw.ctypes.data % 64
-        return raw[start : start + size].view(dtype).reshape(shape)
-
-    def fill(self, layer: int, leaf: str, row: int | None, place: np.ndarray) -> None:
-        """Asks for a chunk of layer `layer`, to be put into `place`."""
-        self.pending.append(((f"layers/{layer}", leaf, row), place))
-
-    def read(self) -> None:
-        """Reads what was asked for."""
-        asked, self.pending = self.pending, []
-        values = self.reader.read(request for request, _ in asked)
-        for (_, place), value in zip(asked, values, strict=True):
-            place[...] = value
-
-
-def read_layers(
-    reader: ArtifactReader, allocation: Sequence[Sequence[int]], other_bits: int
-) -> dict[str, Any]:
-    """Parameters of all layers, stacked as a `LanguageModel` has them.
-
-    Args:
-      reader: of the artifact.
-      allocation: width of each expert, [layers that a budget is about][experts].
-      other_bits: width of the other products' weights.
-    """
-    decoder, room = reader.decoder, _Room(reader)
-    group_size = reader.manifest["group_size"]
-    params: dict[str, Any] = {}
-    by_layer: dict[int, list[Callable]] = {i: [] for i in range(len(decoder.layers))}
-    for member in weights.members(decoder):
-        mine = member.numbers
-        paths = {role.path for role in weights.budgeted(decoder, member.layer)}
-        for role in weights.roles(member.layer, decoder.width):
-            if role.path in paths:
-                widths = weights.widths_of(decoder, member, role, allocation)
-                made, fills = _mixed(room, role, mine, widths, group_size)
-            elif role.tap is not None:
-                made, fills = _uniform(room, role, mine, other_bits, group_size)
-            else:
-                made, fills = _plain(room, role, mine)
-            weights.put(params, member.path + role.path, made)
-            for i, fill in zip(mine, fills, strict=True):
-                by_layer[i].append(fill)
-    for fills in by_layer.values():  # by layers, which bounds what is read at once
-        for fill in fills:
-            fill()
-        room.read()
-    return jax.device_put(params)
-
-
-def _plain(room: _Room, role: Role, layers: Sequence[int]):
-    """An array [R, ...] of the stored type, and what fills each layer's part."""
-    probe = room.reader.dtype(f"layers/{layers[0]}", role.name)
-    made = room.empty((len(layers), *role.shape), probe)
-    return made, [partial(room.fill, i, role.name, None, made[r]) for r, i in enumerate(layers)]
-
-
-def _uniform(room: _Room, role: Role, layers: Sequence[int], bits: int, group_size: int | None):
-    """`BitPlanes` [R, ...] of one width, and what fills each layer's part."""
-    made = _empty_planes(room, (len(layers), *role.shape), (bits,), group_size)
-
-    def fill(r, i):
-        for p in range(bits):
-            room.fill(i, f"{role.name}.plane_{p}", None, made.planes[r, ..., p, :, :, :])
-        room.fill(i, f"{role.name}.table_{bits}", None, made.tables[0][r])
-
-    return made, [partial(fill, r, i) for r, i in enumerate(layers)]
-
-
-def _mixed(
-    room: _Room, role: Role, layers: Sequence[int], widths: np.ndarray, group_size: int | None
-):
-    """`MixedPlanes` [R, ...] of the widths int [R, ...], and what fills each layer's part."""
-    stack, slot = places(widths)
-    shape = role.shape[-2:]
-    stacks = [
-        _empty_planes(room, (int((widths == k).sum()), *shape), (int(k),), group_size)
-        for k in np.unique(widths)
-    ]
-
-    def fill(r, i):
-        for row in np.ndindex(*widths.shape[1:]):
-            own, place = stacks[stack[r, *row]], slot[r, *row]
-            e = row[0] if row else None
-            for p in range(own.bits):
-                room.fill(i, f"{role.name}.plane_{p}", e, own.planes[place, p])
-            room.fill(i, f"{role.name}.table_{own.bits}", e, own.tables[0][place])
-
-    where: Any = {"stack": stack, "slot": slot}
-    made = MixedPlanes(stacks=tuple(stacks), **where)
-    return made, [partial(fill, r, i) for r, i in enumerate(layers)]
-
-
-def _empty_planes(room: _Room, shape, widths, group_size) -> Any:
-    like = jax.eval_shape(partial(empty, shape, widths, group_size))
-    return jax.tree.map(lambda a: room.empty(a.shape, a.dtype), like)
-
-
-def refine_layers(
-    reader: ArtifactReader, params: Any, allocation: Sequence[Sequence[int]]
-) -> dict[str, Any]:
-    """The same parameters at other widths; planes that are held stay on their device.
-
-    Args:
-      reader: of the artifact.
-      params: as `read_layers` gives them.
-      allocation: as there.
-
-    Returns:
-      New parameters; no array of the given ones changes.
-    """
-    decoder = reader.decoder
-    params = jax.tree.map(lambda a: a, params)
-    for member in weights.members(decoder):
-        for role in weights.budgeted(decoder, member.layer):
-            widths = weights.widths_of(decoder, member, role, allocation)
-            held = weights.get(params, member.path + role.path)
-            made = _refined(reader, role, member.numbers, held, widths)
-            weights.put(params, member.path + role.path, made)
-    return params
-
-
-def _refined(reader, role: Role, layers: Sequence[int], held: MixedPlanes, widths) -> MixedPlanes:
-    before, (stack, slot) = held.allocation, places(widths)
-    old = np.asarray(held.stack), np.asarray(held.slot)
-    stacks = []
-    for s, k in enumerate(np.unique(widths).tolist()):
-        mine = stack == s
-        rows = np.argwhere(mine)
-        planes: Any = jnp.zeros((len(rows), k, *held.stacks[0].planes.shape[-3:]), jnp.uint32)
-        table: Any = None
-        for t, source in enumerate(held.stacks):
-            both = mine & (old[0] == t)
-            if not both.any():
-                continue
-            common = min(k, source.bits)
-            planes = _move(planes, source.planes, slot[both], old[1][both], common)
-            if source.bits == k:
-                table = jnp.zeros((len(rows), *source.tables[0].shape[1:]), jnp.uint8)
-                table = _move(table, source.tables[0], slot[both], old[1][both], table.shape[1])
-        requests, targets = [], []
-        for row in map(tuple, rows):
-            i, e = layers[row[0]], row[1] if len(row) > 1 else None
-            missing: list[Any] = list(range(before[row], k))
-            for p in missing:
-                requests.append((f"layers/{i}", f"{role.name}.plane_{p}", e))
-                targets.append((slot[row], p))
-            if before[row] != k:
-                requests.append((f"layers/{i}", f"{role.name}.table_{k}", e))
-                targets.append((slot[row], None))
-        new = list(zip(targets, reader.read(requests), strict=True))
-        some = [(at, value) for at, value in new if at[1] is not None]
-        if some:
-            places_, values = zip(*some, strict=True)
-            planes = _put(planes, np.array(places_).T, np.stack(values))
-        tables = [(at[0], value) for at, value in new if at[1] is None]
-        if tables:
-            places_, values = zip(*tables, strict=True)
-            if table is None:
-                table = jnp.zeros((len(rows), *values[0].shape), jnp.uint8)
-            table = _put(table, np.array(places_)[None], np.stack(values))
-        stacks.append(replace(held.stacks[0], planes=planes, tables=(table,), widths=(k,)))
-    return MixedPlanes(stacks=tuple(stacks), stack=jnp.asarray(stack), slot=jnp.asarray(slot))
-
-
-@partial(jax.jit, static_argnames="count", donate_argnames="into")
-def _move(into, source, to, origin, count):
-    return into.at[to, :count].set(source[origin, :count])
-
-
-@partial(jax.jit, donate_argnames="into")
-def _put(into, at, values):
-    return into.at[tuple(at)].set(values)
-
-
-def read_draft_tables(reader: ArtifactReader, params: Any, draft: int) -> dict[str, Any]:
-    """Parameters whose experts are read at `draft` bits at most.
-
-    Args:
-      reader: of the artifact.
-      params: as `read_layers` gives them.
-      draft: the width whose tables are read, for experts that are wider.
-
-    Returns:
-      The same arrays, not copies of them, and beside each wider stack's table that of `draft`.
-    """
-    decoder = reader.decoder
-    params = jax.tree.map(lambda a: a, params)
-    for member in weights.members(decoder):
-        for role in weights.budgeted(decoder, member.layer):
-            held = weights.get(params, member.path + role.path)
-            stacks, leaf = [], f"{role.name}.table_{draft}"
-            for t, stack in enumerate(held.stacks):
-                if stack.bits > draft:
-                    rows = map(tuple, np.argwhere(np.asarray(held.stack) == t))
-                    values = reader.read(
-                        (f"layers/{member.numbers[row[0]]}", leaf, row[1] if row[1:] else None)
-                        for row in rows
-                    )
-                    tables = jnp.asarray(np.stack(values)), stack.tables[-1]
-                    widths = draft_widths(stack.bits, draft)
-                    stack = replace(stack, tables=tables, widths=widths)
-                stacks.append(stack)
-            made = replace(held, stacks=tuple(stacks), most=draft)
-            weights.put(params, member.path + role.path, made)
-    return params
-
-
-def read_every_width(reader: ArtifactReader, i: int) -> dict[str, BitPlanes]:
-    """The weights of layer i that a budget is about, by name, with the tables of all widths."""
-    decoder = reader.decoder
-    room, bits = _Room(reader), tuple(reader.manifest["statistics"]["bits"])
-    made = {}
-    for role in weights.budgeted(decoder, decoder.layers[i]):
-        planes = _empty_planes(room, role.shape, bits, reader.manifest["group_size"])
-        for row in range(role.shape[0]) if role.routed else (None,):
-            own = slice(None) if row is None else row
-            for p in range(bits[-1]):
-                room.fill(i, f"{role.name}.plane_{p}", row, planes.planes[own][..., p, :, :, :])
-            for k, table in zip(bits, planes.tables, strict=True):
-                room.fill(i, f"{role.name}.table_{k}", row, table[own])
-        made[role.path[-1]] = planes
-    room.read()
-    return jax.device_put(made)
-
-
 def read_planes(
     reader: ArtifactReader,
     checkpoint: str,
@@ -519,18 +268,6 @@ def read_planes(
         d_in=d_in,
         group_size=group_size,
     )
-
-
-def read_pruning(reader: ArtifactReader) -> list[PruningStatistics]:
-    """What `mcjax.odp` needs of every layer of routed experts."""
-    kept, layers = reader.manifest["statistics"], reader.decoder.layers
-    routed = [i for i, layer in enumerate(layers) if isinstance(layer.block, Routed)]
-    leaf = ".".join(INTERCEPT)
-    intercepts = reader.read((f"layers/{i}", leaf, None) for i in routed)
-    return [
-        PruningStatistics(np.array(ratio), np.array(slope), intercept)
-        for ratio, slope, intercept in zip(kept["ratio"], kept["slope"], intercepts, strict=True)
-    ]
 
 
 def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mcjax import checkpoint, pmq, serving, text
+from mcjax import checkpoint, parameters, pmq, serving, text
 from mcjax.atomic import whole
 from mcjax.baseline import dedicated_gptq
 from mcjax.compress import compress
@@ -140,7 +140,7 @@ def measure(
         row["gptq"] = perplexity(dedicated_gptq(folder, calibration, rival))[0]
         rows.append(row)
 
-    pruning = checkpoint.read_pruning(checkpoint.ArtifactReader(artifact))
+    pruning = parameters.read_pruning(checkpoint.ArtifactReader(artifact))
     served = _mixed(decoder, by_width, serving.load(artifact, _PRUNED_BUDGET).allocation)
     plain = {"16": facts["full"], f"{_PRUNED_BUDGET:g}": rows[2]["artifact"]}
     costs = []

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mcjax import checkpoint, odp, pmq
+from mcjax import checkpoint, odp, parameters, pmq
 from mcjax.bitplane import MixedPlanes
 from mcjax.hub import Folder
 from mcjax.models import weights
@@ -135,7 +135,7 @@ class Model:
         wanted = resolve_allocation(reader.manifest, budget, bits, allocation)
         params = self.params
         if wanted != held:
-            params = checkpoint.refine_layers(reader, params, wanted)
+            params = parameters.refine_layers(reader, params, wanted)
         return replace(
             self,
             params=params,
@@ -223,10 +223,10 @@ def load(
         raise ValueError(
             f"attention_bits {attention_bits} is not one of {manifest['attention_widths']}"
         )
-    params = checkpoint.read_rest(reader)
-    params |= checkpoint.read_layers(reader, widths, attention_bits)
+    params = parameters.read_rest(reader)
+    params |= parameters.read_layers(reader, widths, attention_bits)
     if prune is not None:
-        pruning = checkpoint.read_pruning(reader)
+        pruning = parameters.read_pruning(reader)
         params = with_pruning(reader.decoder, params, pruning, prune, quantile)
     return Model(
         params=params,

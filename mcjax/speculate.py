@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mcjax import checkpoint
+from mcjax import checkpoint, parameters
 from mcjax.models.attention import DRAFTED
 from mcjax.models.delta import Recurrent
 from mcjax.models.language_model import LanguageModel
@@ -92,7 +92,7 @@ def self_draft(model: Model, bits: int, length: int = 4) -> Draft:
             f"draft bits {bits} must be below the widest expert's {widest} bits: "
             "the draft would be the model itself"
         )
-    params = checkpoint.read_draft_tables(reader, model.params, bits)
+    params = parameters.read_draft_tables(reader, model.params, bits)
     return Draft(module=model.module.clone(act_bits=act_bits), params=params, length=length)
 
 

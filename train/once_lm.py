@@ -23,7 +23,7 @@ import optax
 from loop import State, adamw, data_mesh, fit, global_batch, program
 from moe_lm import FileCorpus
 
-from mcjax import bitplane, checkpoint, qat, serving, text
+from mcjax import bitplane, checkpoint, parameters, qat, serving, text
 from mcjax.bitplane import BitPlanes, MixedPlanes
 from mcjax.compress import compress
 from mcjax.hub import Folder
@@ -47,7 +47,7 @@ def start(artifact: Path, params: Any) -> tuple[Any, Any, Any]:
     reader = checkpoint.ArtifactReader(artifact)
     decoder, group_size = reader.decoder, reader.manifest["group_size"]
     widths = tuple(reversed(reader.manifest["statistics"]["bits"]))
-    every = {i: checkpoint.read_every_width(reader, i) for i in weights.budgeted_layers(decoder)}
+    every = {i: parameters.read_every_width(reader, i) for i in weights.budgeted_layers(decoder)}
     kept = jax.tree.map(
         lambda w: w if isinstance(w, MixedPlanes) else dense(w, jnp.float32),
         model.params,
