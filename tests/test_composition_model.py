@@ -29,10 +29,13 @@ def expected(model):
     return np.asarray(model(TOKENS))
 
 
-def close(model, got, expected, scale=1.0):
-    """Rounded rows depend on how many there are: which product is chosen, for one."""
-    bound = (2e-5 if model.module.act_bits is None else 0.2) * scale
-    assert np.abs(np.asarray(got) - expected).max() <= bound * np.abs(expected).max()
+def close(model, got, expected):
+    """Rounded rows are products of their number, and a token may then meet another expert."""
+    off, every = np.asarray(got) - expected, np.asarray(expected)
+    if model.module.act_bits is None:
+        assert np.abs(off).max() <= 2e-5 * np.abs(every).max()
+    else:
+        assert np.linalg.norm(off) <= 0.15 * np.linalg.norm(every)
 
 
 def forward(model, params, tokens=TOKENS):
@@ -166,11 +169,11 @@ def test_meshes(artifact):
         import jax, numpy as np, mcjax
         from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
         tokens = np.random.default_rng(0).integers(0, 300, (4, 10)).astype(np.int32)
-        for act_bits, bound in ((None, 2e-5), (8, 0.2)):
+        for act_bits, bound in ((None, 2e-5), (8, 0.15)):
             model = mcjax.load({str(artifact)!r}, budget=2.25, act_bits=act_bits)
             expected = np.asarray(model(tokens))
             def check(got):
-                assert np.abs(got - expected).max() <= bound * np.abs(expected).max()
+                assert np.linalg.norm(got - expected) <= bound * np.linalg.norm(expected)
             for kind in (AxisType.Auto, AxisType.Explicit):
                 mesh = jax.make_mesh((2,), ("d",), axis_types=(kind,))
                 with jax.set_mesh(mesh):
