@@ -19,7 +19,13 @@ COMMON = dict(max_bits=8, samples=6, seq_len=24, effort="fast")
 PROMPTS = [[5, 9, 12, 7, 50, 3], [20, 41], [17, 17, 23, 4]]
 
 
-@pytest.fixture(scope="module", params=NAMES, ids=lambda name: name.removesuffix("_base.npz"))
+SLOW = ("mixtral_base.npz", "qwen3_moe", "gpt_oss")
+"""Whose parts other families have, or other tests: run with `pytest -m slow`."""
+
+CASES = [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in NAMES]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda name: name.removesuffix("_base.npz"))
 def case(request, tmp_path_factory, text_file):
     """A family's folder with a tokenizer, its artifact, and the dense model and tokens."""
     from tokenizers import Tokenizer, models, trainers
