@@ -314,12 +314,10 @@ def attend_ring(
 
 
 class _Blocks(NamedTuple):
-    """Slots in blocks: how long, how many, what is in one, and the positions that slots hold."""
+    """Slots in blocks: how many, and from a block's index its keys, values and positions."""
 
-    size: int
     number: jax.Array
     read: Callable
-    held: Callable
 
 
 def _blocks(positions, slots: int, read: Read, held: Callable) -> _Blocks:
@@ -333,7 +331,7 @@ def _blocks(positions, slots: int, read: Read, held: Callable) -> _Blocks:
         at = start + jnp.arange(size, dtype=jnp.int32)
         return *read(start, size), jnp.where((at >= i * size)[None], held(at), _NEVER)
 
-    return _Blocks(size, last // size + 1, one, held)
+    return _Blocks(last // size + 1, one)
 
 
 def _begin(rule: Rule, q, blocks: _Blocks):
