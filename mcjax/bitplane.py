@@ -195,10 +195,22 @@ class MixedPlanes:
         return np.array([stack.bits for stack in self.stacks])[np.asarray(self.stack)]
 
     @property
+    def reads(self) -> tuple[int, ...]:
+        """Planes that are read of a weight, for each stack."""
+        return tuple(
+            stack.bits if self.most is None else min(self.most, stack.bits) for stack in self.stacks
+        )
+
+    @property
     def bits(self) -> float:
         """Planes that are read of a weight, on average over the stacks."""
-        count = sum(stack.shape[0] for stack in self.stacks)
-        return sum(stack.shape[0] * self._read(stack) for stack in self.stacks) / count
+        counts = [stack.shape[0] for stack in self.stacks]
+        return sum(n * k for n, k in zip(counts, self.reads, strict=True)) / sum(counts)
+
+    @property
+    def d_in(self) -> int:
+        """Input features, without padding."""
+        return self.stacks[0].d_in
 
     @property
     def group_size(self) -> int:
@@ -219,29 +231,35 @@ class MixedPlanes:
         """Those at index i of the first axis: the same stacks, fewer places."""
         return replace(self, stack=_at(self.stack, i), slot=_at(self.slot, i))
 
+    def look_up(self, function: Callable[[BitPlanes, jax.Array, int], Any]) -> Any:
+        """``function(stack, slot, width)`` of the stack that holds the one weight that this is.
+
+        `slot` is the weight's place in the stack, and `width` the planes to read of it.
+        """
+
+        def branch(stack, width):
+            return lambda slot: function(stack, slot, width)
+
+        return jax.lax.switch(self.stack, list(map(branch, self.stacks, self.reads)), self.slot)
+
     def choose(self, function: Callable[[BitPlanes], Any]) -> Any:
         """`function` of the one weight that this is, [d_in, d_out] as `BitPlanes` of its width."""
 
-        def of_stack(stack):
-            def branch(slot):
-                return function(self._one(stack, slot))
+        def of_one(stack, slot, width):
+            return function(jax.tree.map(lambda leaf: _at(leaf, slot), stack).at_width(width))
 
-            return branch
-
-        branches = [of_stack(stack) for stack in self.stacks]
-        return jax.lax.switch(self.stack, branches, self.slot)
+        return self.look_up(of_one)
 
     def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
         """The weights in their own order, [..., d_in, d_out] of `dtype`."""
+        if not self.stack.ndim:
+            return self.choose(lambda one: one.dequantize(dtype))
         starts = jnp.asarray(np.cumsum([0] + [s.shape[0] for s in self.stacks])[:-1])
-        stacks = [stack.at_width(self._read(stack)).dequantize(dtype) for stack in self.stacks]
+        stacks = [
+            stack.at_width(width).dequantize(dtype)
+            for stack, width in zip(self.stacks, self.reads, strict=True)
+        ]
         return jnp.concatenate(stacks)[starts[self.stack] + self.slot]
-
-    def _read(self, stack: BitPlanes) -> int:
-        return stack.bits if self.most is None else min(self.most, stack.bits)
-
-    def _one(self, stack: BitPlanes, slot: jax.Array) -> BitPlanes:
-        return jax.tree.map(lambda leaf: _at(leaf, slot), stack).at_width(self._read(stack))
 
     def __repr__(self) -> str:
         held = ", ".join(f"{s.shape[0]} of {s.bits} bits" for s in self.stacks)

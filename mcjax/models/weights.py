@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mcjax.bitplane import MixedPlanes
+from mcjax.bitplane import BitPlanes, MixedPlanes
 from mcjax.models.decoder import Decoder, Delta, Dense, Heads, Latent, Layer, Routed
 
 _normal = nn.initializers.normal(0.02)
@@ -275,13 +276,16 @@ def labels(decoder: Decoder, function: Callable[[Role], Any]) -> dict[str, Any]:
 def split_stacks(own: Any) -> tuple[list[Any], Callable[[Any], Any]]:
     """What a scan over a segment's layers takes apart, and how to put one layer together again.
 
-    The stacks of `MixedPlanes` belong to all layers: the scan closes over them, and each layer
-    looks its own weights up. Only their places are taken apart, as all other weights are.
+    Planes belong to all layers, even where each layer has one weight of them: the scan closes over
+    them, and each layer looks its own up. Only places are taken apart, as all other weights are.
 
     Returns:
       A list of arrays [R, ...], and a function of the list of one layer's to its weights.
     """
-    leaves, structure = jax.tree.flatten(own, is_leaf=lambda w: isinstance(w, MixedPlanes))
+    leaves, structure = jax.tree.flatten(
+        own, is_leaf=lambda w: isinstance(w, BitPlanes | MixedPlanes)
+    )
+    leaves = [_of_layers(w) if isinstance(w, BitPlanes) else w for w in leaves]
     apart = [(w.stack, w.slot) if isinstance(w, MixedPlanes) else w for w in leaves]
 
     def together(values):
@@ -292,6 +296,14 @@ def split_stacks(own: Any) -> tuple[list[Any], Callable[[Any], Any]]:
         return jax.tree.unflatten(structure, one)
 
     return apart, together
+
+
+def _of_layers(planes: BitPlanes) -> MixedPlanes:
+    """Planes [R, ..., d_in, d_out] as one stack, in which the layers look theirs up."""
+    first = planes.shape[:-2]
+    stack = jax.tree.map(lambda a: a.reshape(-1, *a.shape[len(first) :]), planes)
+    slot = jnp.arange(math.prod(first), dtype=jnp.int32).reshape(first)
+    return MixedPlanes(stacks=(stack,), stack=jnp.zeros_like(slot), slot=slot)
 
 
 def init(decoder: Decoder, key: jax.Array) -> dict[str, Any]:

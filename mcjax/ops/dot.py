@@ -51,28 +51,34 @@ def dot(
     held = isinstance(planes, BitPlanes | MixedPlanes)
     if act_bits not in (None, 8, 16) or (act_bits and not held):
         raise ValueError(f"act_bits must be None, or 8 or 16 with planes; got {act_bits}")
-    if isinstance(planes, MixedPlanes):
-        return planes.choose(lambda one: dot(x, one, act_bits, product))
-    if not isinstance(planes, BitPlanes):
+    if not held:
         return jnp.dot(x, dense(planes, x.dtype))
     product_of = partial(_dot, act_bits=act_bits, product=product)
     return automatic(product_of, x, planes, result=rows_as(x))
 
 
-def _dot(x: jax.Array, planes: BitPlanes, act_bits: int | None, product: str | None) -> jax.Array:
+def _dot(
+    x: jax.Array, planes: BitPlanes | MixedPlanes, act_bits: int | None, product: str | None
+) -> jax.Array:
     rows = x.reshape(-1, x.shape[-1])
     platform = device.platform()
-    product = product or choice.product(platform, rows.shape[0], planes.bits, act_bits)
-    if product not in choice.PRODUCTS or (
-        product == "popcount" and not choice.counts(platform, act_bits)
+    if product is not None and (
+        product not in choice.PRODUCTS
+        or (product == "popcount" and not choice.counts(platform, act_bits))
     ):
         raise ValueError(
             f"product {product!r} with act_bits {act_bits} is none of {choice.PRODUCTS}, or needs "
             "act_bits=8 or 16"
         )
-    if product == "popcount" and platform == "cpu":
+    widths = planes.reads if isinstance(planes, MixedPlanes) else (planes.bits,)
+    products = {product or choice.product(platform, rows.shape[0], k, act_bits) for k in widths}
+    if platform == "cpu" and products == {"popcount"}:
         y = popcount_dot(rows, planes, act_bits)
-    elif product == "tiled" and act_bits == 8 and platform == "cpu":
+        return y.reshape(*x.shape[:-1], -1)
+    if isinstance(planes, MixedPlanes):
+        return planes.choose(lambda one: _dot(x, one, act_bits, product))
+    (product,) = products
+    if product == "tiled" and act_bits == 8 and platform == "cpu":
         y = int8_dot(rows, planes)
     elif product == "tiled":
         y = tiled_dot(rounded(rows) if act_bits == 8 else rows, planes)

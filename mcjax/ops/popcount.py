@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mcjax import tables as tables_lib
-from mcjax.bitplane import WORD, BitPlanes
+from mcjax.bitplane import WORD, BitPlanes, MixedPlanes
 from mcjax.ops.linear import alike
 from mcjax.ops.rounding import quantize_activations
 from mcjax.ops.tiled import fold_tiles, tiled_dot
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
-@partial(jax.jit, static_argnums=2)  # traced once a shape, not for each of a model's weights
-def popcount_dot(x: jax.Array, planes: BitPlanes, act_bits: int = 8) -> jax.Array:
+def popcount_dot(x: jax.Array, planes: BitPlanes | MixedPlanes, act_bits: int = 8) -> jax.Array:
     """X [N, d_in] times planes [d_in, d_out] with x rounded to `act_bits` by rows.
 
     With q planes of x (c_q = 2^q, of the last its negative), S_g the sum of x over group g and
@@ -32,60 +30,122 @@ def popcount_dot(x: jax.Array, planes: BitPlanes, act_bits: int = 8) -> jax.Arra
       [N, d_out] of x's dtype.
     """
     x, planes = alike((x, planes))
-    bits, words, groups, _ = planes.planes.shape
-    level, scale = quantize_activations(x, act_bits)
-    level = jnp.pad(level, ((0, 0), (0, groups * planes.group_size - planes.d_in)))
-    level = level.reshape(-1, groups, words, WORD)
-    total = jnp.sum(level, axis=(-1, -2), dtype=jnp.int32).astype(jnp.float32)
-    shifts = jnp.arange(WORD, dtype=jnp.uint32)[None, None, None, None]
-    place = jnp.arange(act_bits, dtype=jnp.uint32)[None, :, None, None, None]
-    twice = 2 ** np.arange(1, act_bits + 1, dtype=np.int32)[None, :, None, None]
-    twice[:, -1] *= -1
-    bit = (level.astype(jnp.uint32)[:, None] >> place) & 1
-    activation = jnp.sum(bit << shifts, axis=-1, dtype=jnp.uint32)  # [N, act_bits, groups, words]
-    table, last = planes.tables[-1], tables_lib.num_steps(bits) - 1
-    relative: Any = -1.0
-    if tables_lib.has_offset(bits):
-        relative = tables_lib.offset_ratio(table[-1]) - 1
-
-    alpha = tables_lib.step_value(table[: last + 1])
-    if last < bits - 1:  # uniform
-        alpha = alpha * tables_lib.basis(bits)[0, :, None, None]
-
-    # Array axes rather than sums written out: a third of the program, and no slower.
-    def one_row(i, row, y):
-        activation, total = row
-        out = jnp.zeros((1, planes.shape[-1]), jnp.float32)
-        for first in range(0, act_bits, 8):  # of more at once XLA on CPU makes no single pass
-            count: Any = 0
-            for v in range(words):
-                both = planes.planes[:, None, v] & activation[:, first : first + 8, :, v, None]
-                count = count + jax.lax.population_count(both)  # [bits, 8, groups, d_out]
-            count = count.astype(jnp.int32) * twice[:, first : first + 8]
-            each = jnp.sum(count, axis=1, dtype=jnp.int32).astype(jnp.float32)
-            if first == 0:
-                each = each + (relative * total[0, :, None])[None]
-            # A sum by a product with ones leaves all of the above one fused pass on CPU.
-            each = (alpha * each).reshape(bits * groups, -1)
-            ones = jnp.ones((1, bits * groups), jnp.float32)
-            out = out + jnp.dot(ones, each, precision="highest")
-        return jax.lax.dynamic_update_slice_in_dim(y, out, i, axis=0)
-
-    rows = activation, total
-
-    def cut(i):
-        return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, i, 1), rows)
-
-    # Row by row: what a row costs is a pass over the planes.
-    out = jnp.zeros((len(x), planes.shape[-1]), jnp.float32)
-    # A row more if a scale were negative, which none is: XLA takes the only turn of a loop for no
-    # loop, fuses whatever cut `planes` out of a stack into it, and then counts bits one by one.
-    turns = len(x) + jnp.sum(scale < 0, dtype=jnp.int32)
-    y = fold_tiles(len(x), 1, cut, one_row, out, turns)
+    # Before the width is chosen, so that two weights of an expert share what is made of their rows.
+    rows, scale = _in_planes(x, planes.group_size, act_bits)
+    if isinstance(planes, MixedPlanes):
+        y = planes.look_up(partial(_count, rows))
+    else:
+        y = _count_apart(rows, planes)
     return (y * scale).astype(x.dtype)
 
 
 @popcount_dot.defjvp
 def _straight_through(act_bits, primals, tangents):
     x, planes = primals
-    return popcount_dot(x, planes, act_bits), tiled_dot(tangents[0], planes)
+    if isinstance(planes, MixedPlanes):
+        change = planes.choose(lambda one: tiled_dot(tangents[0], one))
+    else:
+        change = tiled_dot(tangents[0], planes)
+    return popcount_dot(x, planes, act_bits), change
+
+
+class _Rows(NamedTuple):
+    """Rows of integers in two's complement, as planes.
+
+    Attributes:
+      planes: uint32 [N, act_bits, groups, words], the least significant bit first.
+      total: float32 [N, groups], sums of the integers.
+    """
+
+    planes: jax.Array
+    total: jax.Array
+
+
+def _in_planes(x: jax.Array, group_size: int, act_bits: int) -> tuple[_Rows, jax.Array]:
+    """Rows x [N, d_in] as planes, and their scale [N, 1]."""
+    level, scale = quantize_activations(x, act_bits)
+    groups = -(-x.shape[1] // group_size)
+    level = jnp.pad(level, ((0, 0), (0, groups * group_size - x.shape[1])))
+    level = level.reshape(-1, groups, group_size // WORD, WORD)
+    total = jnp.sum(level, axis=(-1, -2), dtype=jnp.int32).astype(jnp.float32)
+    shifts = jnp.arange(WORD, dtype=jnp.uint32)[None, None, None, None]
+    place = jnp.arange(act_bits, dtype=jnp.uint32)[None, :, None, None, None]
+    bit = (level.astype(jnp.uint32)[:, None] >> place) & 1
+    return _Rows(jnp.sum(bit << shifts, axis=-1, dtype=jnp.uint32), total), scale
+
+
+@partial(jax.jit, static_argnums=3)  # traced once a shape, not for each of a model's weights
+def _count(rows: _Rows, stack: BitPlanes, slot: jax.Array, width: int) -> jax.Array:
+    """The product of rows of integers with a weight of a stack, float32 [N, d_out].
+
+    Args:
+      rows: of integers.
+      stack: [n, d_in, d_out].
+      slot: int32 [], the weight.
+      width: the planes of it to read.
+    """
+    words, groups, d_out = stack.planes.shape[-3:]
+    count, act_bits = rows.planes.shape[:2]
+    table, last = stack.tables[stack.widths.index(width)], tables_lib.num_steps(width) - 1
+
+    # What is read is cut out of the stack right where it is used and for that use alone. Then XLA
+    # reads it in place; of a cut with several uses it makes a function of its own, which looks
+    # `slot` up anew for each number and keeps the loop from being vectorised: 7 times slower.
+    def cut(array, axis, start, size):
+        starts, sizes = [jnp.int32(0)] * array.ndim, list(array.shape)
+        starts[0], starts[axis] = slot, jnp.int32(start)
+        sizes[0], sizes[axis] = 1, size
+        if axis != 1:
+            sizes[1] = width
+        return jax.lax.dynamic_slice(array, starts, sizes)[0]
+
+    relative: Any = -1.0
+    if tables_lib.has_offset(width):
+        relative = tables_lib.offset_ratio(cut(table, 1, table.shape[1] - 1, 1)[0]) - 1
+    alpha = tables_lib.step_value(cut(table, 1, 0, last + 1))
+    if last < width - 1:  # uniform
+        alpha = alpha * tables_lib.basis(width)[0, :, None, None]
+
+    # Array axes rather than sums written out: a third of the program, and no slower.
+    def one_row(i, row, y):
+        out = jnp.zeros((1, d_out), jnp.float32)
+        for first in range(0, act_bits, 8):  # of more at once XLA on CPU makes no single pass
+            ones: Any = 0
+            for v in range(words):
+                planes = cut(stack.planes, 2, v, 1)  # [width, 1, groups, d_out]
+                both = planes & row.planes[:, first : first + 8, :, v, None]
+                ones = ones + jax.lax.population_count(both)  # [width, 8, groups, d_out]
+            # Shifts are half of what multiplications cost here. The sign's place counts negative:
+            # in two's complement -a is (a ^ -1) - (-1).
+            places = jnp.arange(first + 1, first + ones.shape[1] + 1, dtype=jnp.int32)
+            sign = jnp.where(places == act_bits, jnp.int32(-1), jnp.int32(0))
+            places, sign = (a[None, :, None, None] for a in (places, sign))
+            each = jnp.sum(((ones.astype(jnp.int32) << places) ^ sign) - sign, 1, dtype=jnp.int32)
+            each = each.astype(jnp.float32)
+            if first == 0:
+                each = each + (relative * row.total[0, :, None])[None]
+            # A sum by a product with ones leaves all of the above one fused pass on CPU.
+            each = (alpha * each).reshape(width * groups, -1)
+            unit = jnp.ones((1, width * groups), jnp.float32)
+            out = out + jnp.dot(unit, each, precision="highest")
+        return jax.lax.dynamic_update_slice_in_dim(y, out, i, axis=0)
+
+    def row(i):
+        return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, i, 1), rows)
+
+    # Row by row: what a row costs is a pass over the planes.
+    return fold_tiles(count, 1, row, one_row, jnp.zeros((count, d_out), jnp.float32))
+
+
+def _count_apart(rows: _Rows, planes: BitPlanes) -> jax.Array:
+    """`_count` of a weight that may itself be cut out of something."""
+    stack = jax.tree.map(lambda a: a[None], planes)
+    # XLA takes a loop of one turn for none, and then sees through to that cut. So it is not to know
+    # the number of turns: one, unless a sum were no number, which none is.
+    turns = 1 + jnp.any(jnp.isnan(rows.total)).astype(jnp.int32)
+
+    def whole(i, y):
+        return _count(rows, stack, jnp.int32(0) * i, planes.bits)
+
+    y = jnp.zeros((rows.total.shape[0], planes.shape[-1]), jnp.float32)
+    return jax.lax.fori_loop(jnp.int32(0), turns, whole, alike((y, rows, planes))[0])

@@ -123,19 +123,12 @@ def _over_decoded(planes: BitPlanes, prepare: Callable, visit: Callable, carry: 
     return fold_tiles(d_out, tile, cut, visit, carry)
 
 
-def fold_tiles(
-    length: int,
-    tile: int,
-    cut: Callable,
-    visit: Callable,
-    carry: Any,
-    turns: jax.Array | None = None,
-) -> Any:
+def fold_tiles(length: int, tile: int, cut: Callable, visit: Callable, carry: Any) -> Any:
     """Folds ``visit(start, cut(start), carry)`` over `length` in steps of `tile`.
 
     The last tile overlaps the one before it where tiles do not divide `length`. Each is cut out a
     step ahead: as part of the carry it is a buffer of its own, where XLA would else fuse the
-    cutting into all that is done with it. `turns` is the number of tiles, where XLA is not to know.
+    cutting into all that is done with it.
     """
 
     def start(i):
@@ -145,7 +138,7 @@ def fold_tiles(
         ready, carry = carry
         return cut(start(i + 1)), visit(start(i), ready, carry)
 
-    turns = jnp.int32(-(-length // tile)) if turns is None else turns
+    turns = jnp.int32(-(-length // tile))
     return lax.fori_loop(jnp.int32(0), turns, step, alike((cut(start(0)), carry)))[1]
 
 
