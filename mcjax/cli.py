@@ -12,25 +12,16 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from mcjax import options
 from mcjax.notes import Note, note
-
-EXAMPLES = """examples:
-  mcjax demo
-  mcjax compress Mixtral-8x7B-v0.1/ mixtral.mcjax --calibration c4.txt
-  mcjax eval mixtral.mcjax --text wiki.txt --budget 2.05
-  mcjax generate mixtral.mcjax --prompt "Once upon a time" --budget 2.5 --odp
-  mcjax info mixtral.mcjax --budget 2.05 --plot allocation.png
-  mcjax bench
-"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
-    arguments = _parser().parse_args(argv)
+    arguments = options.parser().parse_args(argv)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     # Orbax logs, and its threads print, what it then raises to us as well.
     logging.disable(logging.CRITICAL)
@@ -39,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _notes_on_stderr():
             if "compilation_cache" in arguments:
                 _keep_programs(arguments.compilation_cache)
-            arguments.run(arguments)
+            COMMANDS[arguments.command](arguments)
     except (ValueError, TypeError, OSError) as error:
         line = " ".join(str(error).split()) or type(error).__name__
         print(f"mcjax: error: {line}", file=sys.stderr)
@@ -114,250 +105,6 @@ def program() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)  # threads of a failed write would print on the way out
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="mcjax",
-        description="Quantise a Mixture-of-Experts model once; serve it at any precision.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=f"mcjax {_version()}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    demo = commands.add_parser(
-        "demo",
-        help="the whole story on an embedded model, in minutes, without a network",
-        description="Compresses the embedded model once, serves it at five budgets beside models "
-        "that GPTQ made for each, skips experts, writes a sample; leaves artifact, figures and "
-        "plots in --out.",
-    )
-    demo.add_argument(
-        "--out", default="mcjax-demo", metavar="DIR", help="folder to write (default mcjax-demo)"
-    )
-    demo.add_argument("--json", action="store_true", help="end with one JSON object")
-    _add_cache(demo)
-    demo.set_defaults(run=_demo)
-
-    bench = commands.add_parser(
-        "bench",
-        help="how fast products, decoding, prefill and loading are on this machine",
-        description="Times mcjax beside dense JAX, and torch where it is installed, taking turns; "
-        "takes a few minutes, so leave the machine alone meanwhile. Figures are medians; speeds "
-        "are ratios to the first row of each table.",
-    )
-    bench.add_argument(
-        "--repeats", type=int, default=11, metavar="N", help="of each measurement (default 11)"
-    )
-    bench.add_argument("--json", action="store_true", help="end with one JSON object")
-    _add_cache(bench)
-    bench.set_defaults(run=_bench)
-
-    compress = commands.add_parser(
-        "compress",
-        help="Hugging Face folder -> one artifact for every width",
-        description="Quantises a language model to bit planes. One artifact then serves every "
-        "average bit-width up to --max-bits, chosen when it is loaded.",
-    )
-    compress.add_argument(
-        "model", metavar="MODEL", help="folder with config.json, *.safetensors, tokenizer.json"
-    )
-    compress.add_argument("out", metavar="OUT", help="the artifact to write; must not exist")
-    compress.add_argument(
-        "--calibration",
-        metavar="TEXT",
-        required=True,
-        help="UTF-8 text like what the model will see; a megabyte is plenty",
-    )
-    compress.add_argument(
-        "--max-bits", type=int, default=4, help="planes of each expert weight, 1 to 8 (default 4)"
-    )
-    compress.add_argument(
-        "--group-size",
-        default="auto",
-        help="input features that share a scale, a multiple of 32; auto (default) is "
-        "the largest up to 128 that fits each weight",
-    )
-    compress.add_argument(
-        "--samples", type=int, default=128, help="calibration windows (default 128)"
-    )
-    compress.add_argument(
-        "--seq-len", type=int, default=2048, help="tokens in a window (default 2048)"
-    )
-    compress.add_argument(
-        "--effort",
-        default="normal",
-        metavar="fast|normal|thorough",
-        help="time for quality: 1, 6 or 15 rounds of descent (default normal)",
-    )
-    compress.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on from finished layers of an interrupted run, and keep them if interrupted",
-    )
-    _add_bos(compress)
-    _add_cache(compress)
-    compress.set_defaults(run=_compress)
-
-    info = commands.add_parser(
-        "info",
-        help="what an artifact holds, and the allocation at a budget",
-        description="Describes an artifact: sizes, widths, experts that calibration hardly "
-        "reached, and how a budget is shared out.",
-    )
-    info.add_argument("out", metavar="OUT", help="an artifact")
-    info.add_argument("--budget", type=float, help="average bits per expert weight")
-    info.add_argument(
-        "--plot",
-        metavar="FILE.png",
-        help="draw the allocation (layers x experts), and "
-        "perplexity against bytes where `mcjax eval` has measured it",
-    )
-    info.add_argument(
-        "--verify", action="store_true", help="read every byte and check it against its checksum"
-    )
-    info.add_argument("--json", action="store_true", help="end with one JSON object")
-    info.set_defaults(run=_info)
-
-    evaluate = commands.add_parser(
-        "eval",
-        help="perplexity of a model or an artifact at any budget",
-        description="Perplexity on a text: tokenised whole, cut into windows of --seq-len.",
-    )
-    evaluate.add_argument("model", metavar="MODEL|OUT", help="Hugging Face folder, or artifact")
-    evaluate.add_argument("--text", metavar="FILE", required=True, help="UTF-8 text")
-    width = evaluate.add_mutually_exclusive_group()
-    width.add_argument(
-        "--budget", type=float, help="average bits per expert weight, shared out by PMQ"
-    )
-    width.add_argument("--bits", type=int, help="one width for every expert")
-    _add_attention_bits(evaluate)
-    _add_pruning(evaluate)
-    evaluate.add_argument(
-        "--calibration",
-        metavar="TEXT",
-        help="with --odp on a MODEL folder: text to choose its thresholds by",
-    )
-    evaluate.add_argument(
-        "--seq-len", type=int, default=512, help="tokens in a window (default 512)"
-    )
-    evaluate.add_argument("--max-tokens", type=int, help="use only the first tokens of the text")
-    evaluate.add_argument("--json", action="store_true", help="end with one JSON object")
-    _add_bos(evaluate)
-    _add_cache(evaluate)
-    evaluate.set_defaults(run=_evaluate)
-    generate = commands.add_parser(
-        "generate",
-        help="write text from a prompt, at any budget",
-        description="Continues a prompt, writing as it goes; several --prompt run as one batch.",
-    )
-    generate.add_argument("model", metavar="OUT|MODEL", help="an artifact, or Hugging Face folder")
-    generate.add_argument(
-        "--prompt", metavar="TEXT", required=True, action="append", help="repeat for a batch"
-    )
-    width = generate.add_mutually_exclusive_group()
-    width.add_argument("--budget", type=float, help="average bits per expert weight")
-    width.add_argument("--bits", type=int, help="one width for every expert")
-    _add_attention_bits(generate)
-    _add_pruning(generate)
-    generate.add_argument(
-        "--draft-bits",
-        type=int,
-        metavar="K",
-        help="draft tokens with K planes of each expert, on CPU with int8 activations; the model "
-        "as it is verifies them, so the text stays the same (artifacts only)",
-    )
-    generate.add_argument(
-        "--draft-length", type=int, metavar="N", help="tokens to draft at a time (default 4)"
-    )
-    generate.add_argument(
-        "--cache-type",
-        choices=("float32", "bfloat16"),
-        help="of keys and values of past tokens (default float32)",
-    )
-    generate.add_argument("--max-new-tokens", type=int, default=128, help="(default 128)")
-    generate.add_argument(
-        "--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token"
-    )
-    generate.add_argument("--top-k", type=int, help="sample among the k likeliest tokens")
-    generate.add_argument(
-        "--top-p", type=float, help="sample among the likeliest tokens that hold this probability"
-    )
-    generate.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
-    generate.add_argument(
-        "--stop", metavar="TEXT", action="append", default=[], help="end before this text; repeat"
-    )
-    generate.add_argument("--json", action="store_true", help="end with one JSON object")
-    _add_bos(generate)
-    generate.add_argument(
-        "--chat",
-        action="store_true",
-        help="the prompt is a user's message, answered in the model's chat template",
-    )
-    _add_cache(generate)
-    generate.set_defaults(run=_generate)
-    return parser
-
-
-def _add_attention_bits(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--attention-bits",
-        type=int,
-        metavar="K",
-        help="width of all that the budget is not about: attention, shared experts, dense layers "
-        "beside routed ones (default 4; `mcjax info` lists the stored widths)",
-    )
-
-
-def _version() -> str:
-    try:
-        return metadata.version("mcjax")
-    except metadata.PackageNotFoundError:  # run from a checkout that is not installed
-        return "of a checkout"
-
-
-def _add_cache(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--compilation-cache",
-        metavar="DIR|off",
-        help="where compiled programs are kept for later commands (default "
-        "$JAX_COMPILATION_CACHE_DIR, else mcjax/compiled in the user's cache folder)",
-    )
-
-
-def _add_bos(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--bos",
-        choices=["auto", "always", "never"],
-        default="auto",
-        help="begin each window or prompt with the beginning-of-sequence token; auto (default) is "
-        "as the tokenizer says",
-    )
-
-
-def _add_pruning(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--act-bits",
-        type=int,
-        choices=[8, 16],
-        help="round activations to so many bits, which makes a CPU several times as fast "
-        "(artifacts only)",
-    )
-    command.add_argument(
-        "--odp", action="store_true", help="skip experts of small routing weight, token by token"
-    )
-    command.add_argument(
-        "--odp-policy",
-        choices=["affine", "paper"],
-        help="what stands in for a skipped expert: an estimate of its output (default), or "
-        "nothing, as published",
-    )
-    command.add_argument(
-        "--odp-quantile",
-        type=float,
-        help="share of the experts after each token's first to skip (default 0.3)",
-    )
 
 
 def _pruning(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -586,6 +333,15 @@ def _size(count: int) -> str:
 def _directory_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
+
+COMMANDS = {
+    "demo": _demo,
+    "bench": _bench,
+    "compress": _compress,
+    "info": _info,
+    "eval": _evaluate,
+    "generate": _generate,
+}
 
 if __name__ == "__main__":
     program()

@@ -14,8 +14,7 @@ import numpy as np
 
 from mcjax import odp, serving, text
 from mcjax.calibrate import observe, pruning_statistics
-from mcjax.checkpoint import MANIFEST
-from mcjax.hub import Checkpoint
+from mcjax.hub import Checkpoint, Folder
 from mcjax.models import weights
 from mcjax.models.decoder import Decoder, Routed
 from mcjax.models.language_model import embed
@@ -65,9 +64,17 @@ def evaluate(
     path = Path(path)
     if calibration is not None and prune is None:
         raise ValueError("--calibration is for pruning: give --odp too, or leave it out")
-    artifact = (path / MANIFEST).is_file()
+    # Before any weight is read, so that a text or a length that will not do is refused at once.
+    source = serving.open_source(path)
+    artifact = not isinstance(source, Folder)
     if calibration is not None and artifact:
         raise ValueError(f"{path} carries its calibration; --calibration is for MODEL folders")
+    if calibration is None and prune is not None and not artifact:
+        raise ValueError(
+            f"--odp on the folder {path} needs --calibration TEXT to choose thresholds by"
+        )
+    tokenizer_path = Checkpoint(path).tokenizer_path
+    windows = _windows(tokenizer_path, text_path, source.decoder, seq_len, max_tokens, bos)
     model = serving.load(
         path,
         budget,
@@ -79,14 +86,12 @@ def evaluate(
     )
     module, params = model.module, model.params
     if prune is not None and not artifact:
-        params = _calibrated(model, calibration, seq_len, prune, quantile, bos)
+        params = _calibrated(model, tokenizer_path, calibration, seq_len, prune, quantile, bos)
     facts = {
         "average_bits": model.average_bits,
         "effective_bits": model.effective_bits,
         "bytes_read": model.bytes_read,
     }
-    tokenizer_path, config = Checkpoint(path).tokenizer_path, module.config
-    windows = _windows(tokenizer_path, text_path, config, seq_len, max_tokens, bos)
     start = time.perf_counter()
     value, skipped = text.perplexity(
         module, params, windows, progress=lambda items: progress(items, description="eval")
@@ -101,15 +106,9 @@ def evaluate(
     }
 
 
-def _calibrated(model, calibration, seq_len, prune, quantile, bos) -> Any:
+def _calibrated(model, tokenizer, calibration, seq_len, prune, quantile, bos) -> Any:
     """A dense model's parameters with pruning, by statistics of a calibration text."""
-    path, decoder = Path(model.path), model.module.decoder
-    if calibration is None:
-        raise ValueError(
-            f"--odp on the folder {path} needs --calibration TEXT to choose thresholds by"
-        )
-    text.check_length(seq_len, decoder.max_position_embeddings)
-    tokenizer = Checkpoint(path).tokenizer_path
+    decoder = model.module.decoder
     tokens = text.encode_file(tokenizer, calibration, decoder.vocab_size)
     begin = text.beginning(tokenizer, decoder.vocab_size, bos)
     some = text.spread(text.windows(tokens, seq_len, "calibration text", begin), 128)
@@ -137,10 +136,10 @@ def dense_pruning_statistics(
     return statistics
 
 
-def _windows(tokenizer_path, text_path, config, seq_len, max_tokens, bos) -> np.ndarray:
-    text.check_length(seq_len, config.max_position_embeddings)
-    begin = text.beginning(tokenizer_path, config.vocab_size, bos)
-    tokens = text.encode_file(tokenizer_path, text_path, config.vocab_size)
+def _windows(tokenizer_path, text_path, decoder, seq_len, max_tokens, bos) -> np.ndarray:
+    text.check_length(seq_len, decoder.max_position_embeddings)
+    begin = text.beginning(tokenizer_path, decoder.vocab_size, bos)
+    tokens = text.encode_file(tokenizer_path, text_path, decoder.vocab_size)
     if max_tokens is not None:
         if max_tokens < seq_len - (begin is not None):
             raise ValueError(f"--max-tokens {max_tokens} is less than one window of {seq_len}")

@@ -206,16 +206,10 @@ def load(
       ValueError: if the artifact is damaged or of another version, or the precision is not
         feasible.
     """
-    folder = Path(path)
-    if folder.is_dir() and not (folder / checkpoint.MANIFEST).is_file():
-        if not (folder / "config.json").is_file():
-            raise ValueError(
-                f"{path} is not an mcjax artifact: it has no {checkpoint.MANIFEST}; and no Hugging "
-                "Face folder: config.json is missing"
-            )
+    reader = open_source(path)
+    if isinstance(reader, Folder):
         of_artifacts = budget, bits, allocation, attention_bits, act_bits, prune
-        return _load_folder(path, of_artifacts, dtype, cache_dtype)
-    reader = checkpoint.ArtifactReader(path, "model")
+        return _load_folder(reader, of_artifacts, dtype, cache_dtype)
     manifest = reader.manifest
     widths = resolve_allocation(manifest, budget, bits, allocation)
     attention_bits = ATTENTION_BITS if attention_bits is None else attention_bits
@@ -237,13 +231,29 @@ def load(
     )
 
 
-def _load_folder(path: str | Path, of_artifacts: tuple, dtype: Any, cache_dtype: Any) -> Model:
+def open_source(path: str | Path) -> checkpoint.ArtifactReader | Folder:
+    """An artifact or a Hugging Face folder, its `decoder` known and no weights read.
+
+    Raises:
+      ValueError: if it is neither.
+    """
+    folder = Path(path)
+    if folder.is_dir() and not (folder / checkpoint.MANIFEST).is_file():
+        if not (folder / "config.json").is_file():
+            raise ValueError(
+                f"{path} is not an mcjax artifact: it has no {checkpoint.MANIFEST}; and no Hugging "
+                "Face folder: config.json is missing"
+            )
+        return Folder(path)
+    return checkpoint.ArtifactReader(path, "model")
+
+
+def _load_folder(folder: Folder, of_artifacts: tuple, dtype: Any, cache_dtype: Any) -> Model:
     if any(value is not None for value in of_artifacts):
         raise ValueError(
-            f"{path} is not an artifact, so budgets, bits, allocations, activation bits and "
+            f"{folder.path} is not an artifact, so budgets, bits, allocations, activation bits and "
             "pruning do not apply; make one with `mcjax compress`"
         )
-    folder = Folder(path)
     params = folder.read()
     return Model(
         params=params,

@@ -50,8 +50,8 @@ def swiglu(x, gate, up, down, index):
     return dense_dot(gated / (1 + np.exp(-gated)) * dense_dot(x, up, index), down, index)
 
 
-def test_swiglu_and_its_gradient():
-    """Each row meets two experts in a row; the gradient is the dequantised products'."""
+def test_swiglu_and_its_derivatives():
+    """Each row meets two experts in a row; derivatives are the dequantised products'."""
     weights = mixed(64, 96), mixed(64, 96), mixed(96, 64)
     x, _ = rows_of(weights[0], 2)
     index = jnp.asarray([2, 1, 0, 2])
@@ -74,6 +74,11 @@ def test_swiglu_and_its_gradient():
         return jnp.einsum("ti,tio->to", hidden, down)
 
     assert deviation(change, np.asarray(jax.grad(lambda x: jnp.sum(exact(x)))(x))) < 1e-5
+    forward = partial(jax.jvp, primals=(x,), tangents=(jnp.ones_like(x),))
+    (_, got), (_, expected) = (
+        forward(f) for f in (lambda x: dp4a.swiglu(x, weights, index, interpret=True), exact)
+    )
+    assert deviation(got, np.asarray(expected)) < 1e-5
 
 
 def test_drafting_reads_the_first_planes():

@@ -137,7 +137,7 @@ def test_any_bytes_beyond_the_last_group_vanish():
     )
 
 
-def test_gradient_with_respect_to_x():
+def test_derivatives_with_respect_to_x():
     planes = random_planes(3, 64, 8, 2, 32)
     x, index = rows_of(planes, 12)
     keep = jnp.asarray(RNG.random(12) < 0.7)
@@ -151,6 +151,9 @@ def test_gradient_with_respect_to_x():
         return jnp.sum(jnp.sin(y))
 
     np.testing.assert_allclose(jax.grad(kernel)(x), jax.grad(expected)(x), rtol=1e-4, atol=1e-5)
+    change = jnp.ones_like(x)
+    for of in (lambda f: jax.jvp(f, (x,), (change,))[1], lambda f: jax.hessian(f)(x)[0, :, 0]):
+        np.testing.assert_allclose(of(kernel), of(expected), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("target", TARGETS)

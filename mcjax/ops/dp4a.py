@@ -114,22 +114,16 @@ class _Config(NamedTuple):
         return 1 if self.act_bits == 8 else 2
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
 def _call(function, reference, config, x, weights, index, keep):
     return function(config, x, weights, index, keep)
 
 
-def _forward(function, reference, config, x, weights, index, keep):
-    return function(config, x, weights, index, keep), (x, weights, index, keep)
-
-
-def _backward(function, reference, config, residuals, cotangent):
-    x, weights, index, keep = residuals
-    _, transpose = jax.vjp(lambda x: reference(config, x, weights, index, keep), x)
-    return *transpose(cotangent), None, None, None
-
-
-_call.defvjp(_forward, _backward)
+@_call.defjvp
+def _jvp(function, reference, config, primals, tangents):
+    x, *rest = primals
+    change = jax.jvp(lambda x: reference(config, x, *rest), (x,), tangents[:1])[1]
+    return function(config, *primals), change
 
 
 def _reference_dots(config, x, weights, index, keep):

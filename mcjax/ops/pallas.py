@@ -88,7 +88,7 @@ def grouped_dot(
 
     Rows are grouped by expert and padded to whole blocks; blocks without rows, and so rows that
     are not kept, cost nothing. Weights are rounded to x's dtype, sums are float32; float32 rows are
-    multiplied at the default precision of `jnp.dot`. The gradient with respect to x runs in plain
+    multiplied at the default precision of `jnp.dot`. Derivatives with respect to x run in plain
     JAX, the planes have none.
 
     Args:
@@ -139,7 +139,7 @@ def grouped_dot(
     return _grouped_dot(_Config(block_rows, block_out, target, interpret), x, planes, index, keep)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _grouped_dot(config: _Config, x, planes, index, keep):
     if config.target is not None:
         return _product(config.target, config, x, planes, index, keep)
@@ -154,19 +154,10 @@ def _grouped_dot(config: _Config, x, planes, index, keep):
     )
 
 
-def _forward(config, x, planes, index, keep):
-    return _grouped_dot(config, x, planes, index, keep), (planes, index, keep)
-
-
-def _backward(config, residuals, cotangent):
-    planes, index, keep = residuals
-    # The product is linear in x: its transpose needs no rows, only their shape.
-    rows = jnp.zeros((cotangent.shape[0], planes.shape[1]), cotangent.dtype)
-    _, transpose = jax.vjp(lambda x: reference(x, planes, index, keep), rows)
-    return *transpose(cotangent), None, None, None
-
-
-_grouped_dot.defvjp(_forward, _backward)
+@_grouped_dot.defjvp
+def _jvp(config, primals, tangents):
+    # The product is linear in x, and the planes have no derivatives.
+    return _grouped_dot(config, *primals), reference(tangents[0], *primals[1:])
 
 
 def reference(x: jax.Array, planes: BitPlanes | MixedPlanes, index, keep) -> jax.Array:

@@ -91,18 +91,17 @@ def _count(rows: _Rows, stack: BitPlanes, slot: jax.Array, width: int) -> jax.Ar
     # What is read is cut out of the stack right where it is used and for that use alone. Then XLA
     # reads it in place; of a cut with several uses it makes a function of its own, which looks
     # `slot` up anew for each number and keeps the loop from being vectorised: 7 times slower.
-    def cut(array, axis, start, size):
-        starts, sizes = [jnp.int32(0)] * array.ndim, list(array.shape)
-        starts[0], starts[axis] = slot, jnp.int32(start)
-        sizes[0], sizes[axis] = 1, size
-        if axis != 1:
-            sizes[1] = width
-        return jax.lax.dynamic_slice(array, starts, sizes)[0]
+    def cut(array, start, size):
+        """Entries from `start` and of `size` along the first axes of the weight."""
+        rest = array.shape[1 + len(size) :]
+        starts = [slot, *map(jnp.int32, start), *[jnp.int32(0)] * len(rest)]
+        sizes = (1, *size, *rest)
+        return jax.lax.dynamic_slice(array, starts, sizes, allow_negative_indices=False)[0]
 
     relative: Any = -1.0
     if tables_lib.has_offset(width):
-        relative = tables_lib.offset_ratio(cut(table, 1, table.shape[1] - 1, 1)[0]) - 1
-    alpha = tables_lib.step_value(cut(table, 1, 0, last + 1))
+        relative = tables_lib.offset_ratio(cut(table, (table.shape[1] - 1,), (1,))[0]) - 1
+    alpha = tables_lib.step_value(cut(table, (0,), (last + 1,)))
     if last < width - 1:  # uniform
         alpha = alpha * tables_lib.basis(width)[0, :, None, None]
 
@@ -112,7 +111,7 @@ def _count(rows: _Rows, stack: BitPlanes, slot: jax.Array, width: int) -> jax.Ar
         for first in range(0, act_bits, 8):  # of more at once XLA on CPU makes no single pass
             ones: Any = 0
             for v in range(words):
-                planes = cut(stack.planes, 2, v, 1)  # [width, 1, groups, d_out]
+                planes = cut(stack.planes, (0, v), (width, 1))  # [width, 1, groups, d_out]
                 both = planes & row.planes[:, first : first + 8, :, v, None]
                 ones = ones + jax.lax.population_count(both)  # [width, 8, groups, d_out]
             # Shifts are half of what multiplications cost here. The sign's place counts negative:
