@@ -261,18 +261,14 @@ def _quantize_layer(decoder: Decoder, i: int, own: Any, grams, seen, identity, e
     effort = {"group_size": identity["group_size"], "sweeps": EFFORTS[identity["effort"]]}
     shared_out = weights.budgeted(decoder, layer)
     paths = {role.path for role in shared_out}
-    planes: dict[tuple[str, ...], Any] = {
-        role.path: quantize(
-            weights.get(own, role.path),
-            ATTENTION_WIDTHS[-1],
-            gram=grams[role.tap],
-            widths=ATTENTION_WIDTHS,
-            weights=ATTENTION_WEIGHTS,
-            **effort,
-        )
-        for role in weights.roles(layer, decoder.width)
-        if role.tap is not None and role.path not in paths
-    }
+    others: dict[str, dict[tuple[str, ...], Any]] = {}
+    for role in weights.roles(layer, decoder.width):
+        if role.tap is not None and role.path not in paths:
+            others.setdefault(role.tap, {})[role.path] = weights.get(own, role.path)
+    planes: dict[tuple[str, ...], Any] = {}
+    options: Any = effort | {"widths": ATTENTION_WIDTHS, "weights": ATTENTION_WEIGHTS}
+    for tap, matrices in others.items():
+        planes |= _quantize_alike(matrices, ATTENTION_WIDTHS[-1], grams[tap], options)
     if not shared_out:
         return {}, planes
     path = shared_out[0].path[:-1]
@@ -287,9 +283,10 @@ def _quantize_layer(decoder: Decoder, i: int, own: Any, grams, seen, identity, e
             return jax.tree.map(lambda a: a[some], experts)
         activation, every = layer.block.activation, grams["block_input"]
         into, hidden = expert_grams(activation, mine, seen, some.start, every)
-        of = {"gate": into, "up": into, "down": hidden}
         bits = identity["max_bits"]
-        return {n: quantize(mine[n], bits, gram=of[n], **effort) for n in EXPERT_WEIGHTS}
+        raising = {name: mine[name] for name in ("gate", "up")}
+        made = _quantize_alike(raising, bits, into, effort)
+        return made | _quantize_alike({"down": mine["down"]}, bits, hidden, effort)
 
     made, error = _by_blocks(decoder, layer, dense, seen, make, own.get(weights.AFTER))
     planes |= {
@@ -302,6 +299,20 @@ def _quantize_layer(decoder: Decoder, i: int, own: Any, grams, seen, identity, e
         record |= {"ratio": pruning.ratio, "slope": pruning.slope}
         planes[checkpoint.INTERCEPT] = pruning.intercept.astype(ml_dtypes.bfloat16)
     return {name: value.tolist() for name, value in record.items()}, planes
+
+
+def _quantize_alike(matrices: Mapping[Any, Any], bits: int, gram: Any, options: Any) -> dict:
+    """Planes of matrices [..., d_in, d_out] that multiply the same inputs.
+
+    Their output features are quantised as one matrix's, so what the Gram matrix is made into is
+    made once.
+    """
+    planes = quantize(jnp.concatenate([*matrices.values()], axis=-1), bits, gram=gram, **options)
+    ends = np.cumsum([matrix.shape[-1] for matrix in matrices.values()])
+    return {
+        name: jax.tree.map(lambda a, m=matrix, end=end: a[..., end - m.shape[-1] : end], planes)
+        for (name, matrix), end in zip(matrices.items(), ends.tolist(), strict=True)
+    }
 
 
 def _by_blocks(decoder: Decoder, layer: Layer, dense: Any, seen, make, after):

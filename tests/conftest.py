@@ -45,9 +45,35 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name != "test_notebooks.py")
 
 
+QUICKLY_COMPILED = {
+    "test_artifacts.py",
+    "test_cli.py",
+    "test_composition_model.py",
+    "test_dp4a.py",
+    "test_families.py",
+    "test_generate.py",
+    "test_hub.py",
+    "test_odp.py",
+    "test_once_lm.py",
+    "test_pallas.py",
+    "test_qat.py",
+    "test_serving.py",
+    "test_speculate.py",
+    "test_text.py",
+    "test_train.py",
+    "test_tree.py",
+    "test_vision.py",
+    "test_vision_models.py",
+}
+"""Files about how parts fit together, most of whose time is compiling: there LLVM optimises little.
+What XLA fuses stays the same, and products, quantisers, notebooks, the demo and commands in
+processes of their own are compiled as users have them."""
+
+
 @pytest.fixture(scope="module", autouse=True)
-def forget_programs():
+def programs(request):
     """Frees a file's compiled programs: Linux lets a process map 65530 regions, each maps some."""
+    jax.config.update("jax_disable_most_optimizations", request.path.name in QUICKLY_COMPILED)
     yield
     jax.clear_caches()
     gc.collect()

@@ -122,9 +122,14 @@ def _check_values(name, value, limit):
     if isinstance(value, jax.core.Tracer):
         return
     with jax.ensure_compile_time_eval():
-        unusable = int(jnp.sum(~jnp.isfinite(value)))
-        peak = float(jnp.max(jnp.abs(value), initial=0))
+        unusable, peak = (fact.item() for fact in _facts(value))
     if unusable:
         raise ValueError(f"{name} holds {unusable} NaN or infinite values")
     if peak > limit:
         raise ValueError(f"{name} has a magnitude of {peak}, the most that fits is {limit}")
+
+
+@jax.jit
+def _facts(value):
+    """How many values are not finite, and the greatest magnitude."""
+    return jnp.sum(~jnp.isfinite(value)), jnp.max(jnp.abs(value), initial=0)
