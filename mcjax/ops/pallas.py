@@ -156,8 +156,9 @@ def _grouped_dot(config: _Config, x, planes, index, keep):
 
 @_grouped_dot.defjvp
 def _jvp(config, primals, tangents):
-    # The product is linear in x, and the planes have no derivatives.
-    return _grouped_dot(config, *primals), reference(tangents[0], *primals[1:])
+    x, *rest = primals
+    change = jax.jvp(lambda x: reference(x, *rest), (x,), tangents[:1])[1]
+    return _grouped_dot(config, *primals), change
 
 
 def reference(x: jax.Array, planes: BitPlanes | MixedPlanes, index, keep) -> jax.Array:
