@@ -15,9 +15,10 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import time
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def save_tree(directory: Path, tree: Mapping[str, Any], chunked: Iterable[str]) 
             if split
             else ocp.SaveArgs()
         )
-    with contextlib.redirect_stderr(io.StringIO()):
+    with contextlib.redirect_stderr(io.StringIO()), _quiet("absl"):
         try:
             with ocp.PyTreeCheckpointer() as checkpointer:
                 checkpointer.save(directory.absolute(), leaves, save_args=arguments)
@@ -75,6 +76,18 @@ def save_tree(directory: Path, tree: Mapping[str, Any], chunked: Iterable[str]) 
             time.sleep(0.5)
             raise OSError(f"cannot write {directory}: {_first_line(error)}") from error
     return checksums
+
+
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Has a logger say nothing: Orbax warns of every chunk that is small."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, np.ndarray]:

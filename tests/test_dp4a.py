@@ -1,6 +1,5 @@
 """The kernel for few rows on a GPU, in interpret mode, against dequantised weights."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
