@@ -23,6 +23,7 @@ from mcjax.models.decoder import Layer
 from mcjax.models.language_model import embed
 from mcjax.models.weights import Role
 from mcjax.quantize import gptq
+from mcjax.quantize.api import one_at_a_time
 from mcjax.quantize.gram import condition
 
 ATTENTION_BITS = 4
@@ -76,7 +77,7 @@ def dedicated_gptq(
                 made = _experts(layer, own, role, seen, allocation[numbers.index(i)], group)
             else:
                 made = _quantize(w, grams[role.tap], int(allocation[numbers.index(i)][0]), group)
-            weights.put(own, role.path, made)
+            weights.put(own, role.path, one_at_a_time(made))
         layers.append(own)
         x = np.concatenate(run(own)[0])
     return params | weights.stacked(decoder, layers)
@@ -87,15 +88,16 @@ def _experts(layer: Layer, own: Any, role: Role, seen, widths, group_size: int) 
     path, name = role.path[:-1], role.path[-1]
     every = weights.get(own, path)
     plain = [s._replace(weights=jnp.ones_like(s.weights)) for s in seen]
-    made = []
-    for e, bits in enumerate(widths):
-        one = jax.tree.map(lambda w, e=e: w[e : e + 1], every)
-        grams = expert_grams(layer.block.activation, one, plain, e, None, floor=0)
-        gram = grams[1 if name == "down" else 0][0]
-        made.append(_quantize(every[name][e], gram, int(bits), group_size))
-    return jnp.stack(made)
+    grams = expert_grams(layer.block.activation, every, plain, 0, None, floor=0)
+    gram = grams[1 if name == "down" else 0]
+    return _quantize_each(every[name], gram, jnp.asarray(widths, jnp.int32), group_size)
 
 
-@partial(jax.jit, static_argnames=("bits", "group_size"))
+@partial(jax.jit, static_argnames="group_size")
 def _quantize(w, gram, bits, group_size):
     return gptq(w, condition(gram), bits=bits, group_size=group_size)
+
+
+@partial(jax.jit, static_argnames="group_size")
+def _quantize_each(w, gram, bits, group_size):
+    return jax.lax.map(lambda one: _quantize(*one, group_size), (w, gram, bits))

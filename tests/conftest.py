@@ -47,6 +47,7 @@ def pytest_collection_modifyitems(items):
 
 QUICKLY_COMPILED = {
     "test_artifacts.py",
+    "test_bitplane.py",
     "test_cli.py",
     "test_composition_model.py",
     "test_dp4a.py",

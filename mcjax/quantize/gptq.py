@@ -11,8 +11,10 @@ from jax import lax
 from mcjax.quantize.nested import inverse_factor
 
 
-@partial(jax.jit, static_argnames=("bits", "group_size"))
-def gptq(w: jax.Array, gram: jax.Array, *, bits: int, group_size: int) -> jax.Array:
+@partial(jax.jit, static_argnames="group_size")
+def gptq(
+    w: jax.Array, gram: jax.Array, *, bits: jax.typing.ArrayLike, group_size: int
+) -> jax.Array:
     """Quantises one matrix at one width with full error compensation.
 
     A group's grid is found when the pass reaches it, on the weights as compensated so far:
@@ -22,7 +24,7 @@ def gptq(w: jax.Array, gram: jax.Array, *, bits: int, group_size: int) -> jax.Ar
     Args:
       w: float32 [d_in, d_out], d_in a multiple of `group_size`.
       gram: float32 [d_in, d_in], positive definite.
-      bits: 1 to 8.
+      bits: 1 to 8, an integer that may be traced.
       group_size: input features that share a grid.
 
     Returns:
@@ -50,16 +52,14 @@ def gptq(w: jax.Array, gram: jax.Array, *, bits: int, group_size: int) -> jax.Ar
     return values.reshape(d_in, d_out)
 
 
-def grid(w: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
+def grid(w: jax.Array, bits: jax.typing.ArrayLike) -> tuple[jax.Array, jax.Array]:
     """The lowest level and the step, each [d_out], of a uniform grid for w [group_size, d_out]."""
-    if bits == 1:
-        mean = jnp.mean(w, axis=0)
-        magnitude = jnp.mean(jnp.abs(w - mean), axis=0)
-        return mean - magnitude, 2 * magnitude
+    mean = jnp.mean(w, axis=0)
+    magnitude = jnp.mean(jnp.abs(w - mean), axis=0)
     low, high = jnp.minimum(w.min(axis=0), 0), jnp.maximum(w.max(axis=0), 0)
 
     def clipped(fraction):
-        step = fraction * (high - low) / (2**bits - 1)
+        step = fraction * (high - low) / _span(bits)
         zero = jnp.round(-fraction * low / jnp.where(step > 0, step, 1))
         start = -zero * step
         error = jnp.sum((w - round_to_grid(w, start, step, bits)) ** 2, axis=0)
@@ -67,13 +67,16 @@ def grid(w: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
 
     errors, starts, steps = jax.vmap(clipped)(jnp.linspace(0.3, 1.0, 15))
     best = jnp.argmin(errors, axis=0)[None]
-    return (
-        jnp.take_along_axis(starts, best, axis=0)[0],
-        jnp.take_along_axis(steps, best, axis=0)[0],
-    )
+    start, step = (jnp.take_along_axis(a, best, axis=0)[0] for a in (starts, steps))
+    one = jnp.asarray(bits) == 1
+    return jnp.where(one, mean - magnitude, start), jnp.where(one, 2 * magnitude, step)
+
+
+def _span(bits):
+    return (1 << jnp.asarray(bits, jnp.int32)) - 1
 
 
 def round_to_grid(w, low, step, bits):
     """The nearest of the 2**bits levels ``low + i step``."""
     level = jnp.round((w - low) / jnp.where(step > 0, step, 1))
-    return low + step * jnp.clip(level, 0, 2**bits - 1)
+    return low + step * jnp.clip(level, 0, _span(bits))
