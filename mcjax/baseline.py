@@ -23,7 +23,6 @@ from mcjax.models.decoder import Layer
 from mcjax.models.language_model import embed
 from mcjax.models.weights import Role
 from mcjax.quantize import gptq
-from mcjax.quantize.api import one_at_a_time
 from mcjax.quantize.gram import condition
 
 ATTENTION_BITS = 4
@@ -77,7 +76,7 @@ def dedicated_gptq(
                 made = _experts(layer, own, role, seen, allocation[numbers.index(i)], group)
             else:
                 made = _quantize(w, grams[role.tap], int(allocation[numbers.index(i)][0]), group)
-            weights.put(own, role.path, one_at_a_time(made))
+            weights.put(own, role.path, made)
         layers.append(own)
         x = np.concatenate(run(own)[0])
     return params | weights.stacked(decoder, layers)

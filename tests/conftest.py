@@ -66,15 +66,17 @@ QUICKLY_COMPILED = {
     "test_vision.py",
     "test_vision_models.py",
 }
-"""Files about how parts fit together, most of whose time is compiling: there LLVM optimises little.
-What XLA fuses stays the same, and products, quantisers, notebooks, the demo and commands in
-processes of their own are compiled as users have them."""
+"""Files about how parts fit together, most of whose time is compiling: there, and in the processes
+that they start, LLVM optimises little. What XLA fuses stays the same, and products, quantisers,
+notebooks and the demo are compiled as users have them."""
 
 
 @pytest.fixture(scope="module", autouse=True)
 def programs(request):
     """Frees a file's compiled programs: Linux lets a process map 65530 regions, each maps some."""
-    jax.config.update("jax_disable_most_optimizations", request.path.name in QUICKLY_COMPILED)
+    quickly = request.path.name in QUICKLY_COMPILED
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(quickly))
+    jax.config.update("jax_disable_most_optimizations", quickly)
     yield
     jax.clear_caches()
     gc.collect()

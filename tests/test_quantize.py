@@ -238,6 +238,24 @@ def test_chunks_change_nothing(chunk):
             np.testing.assert_allclose(error(w_e, x, a[e]), error(w_e, x, b[e]), rtol=1e-3)
 
 
+@pytest.mark.parametrize("size", [32, 96, 160])
+def test_inverse_factor(size):
+    x = np.random.default_rng(size).normal(size=(3, 2 * size, size)).astype(np.float32)
+    gram = np.einsum("eti,etj->eij", x, x)
+    got = jax.vmap(nested.inverse_factor)(gram)
+    for own, factor in zip(gram.astype(np.float64), got, strict=True):
+        expected = np.linalg.cholesky(np.linalg.inv(own)).T
+        np.testing.assert_allclose(factor, expected, atol=1e-6 * np.abs(expected).max() * size)
+
+
+def test_no_program_calls_lapack():
+    """Two calls at once, of two programs or one, wait for ever for two threads; see there."""
+    w = jax.ShapeDtypeStruct((3, 64, 24), jnp.float32)
+    gram = jax.ShapeDtypeStruct((3, 64, 64), jnp.float32)
+    text = jax.jit(lambda w, g: mcjax.quantize(w, 2, 32, g)).lower(w, gram).as_text()
+    assert "lapack" not in text
+
+
 def test_chunks_bound_the_memory():
     shape = jax.ShapeDtypeStruct((8, 64, 512), jnp.float32)
     gram = jax.ShapeDtypeStruct((8, 64, 64), jnp.float32)

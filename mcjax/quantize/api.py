@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +71,7 @@ def quantize(
     _check_values("w", w, MAX_MAGNITUDE)
     if gram is not None:
         _check_values("gram", gram, np.inf)
-    planes = _quantize(
+    return _quantize(
         w,
         gram,
         widths=widths,
@@ -82,18 +81,6 @@ def quantize(
         sweeps=sweeps,
         chunk=chunk,
     )
-    return one_at_a_time(planes)
-
-
-def one_at_a_time(result: Any) -> Any:
-    """Waits for arrays of a program that factorises matrices.
-
-    LAPACK calls of JAX 0.10 on a CPU wait inside of its thread pool for work that they put there:
-    as many of them at once as it has threads, of two programs on two cores, wait for ever.
-    """
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(result)):
-        return result
-    return jax.block_until_ready(result)
 
 
 @partial(jax.jit, static_argnames=("widths", "weights", "group_size", "chunk"))
