@@ -207,25 +207,9 @@ def _run(folder, windows, directory, identity, given, batch_tokens, progress):
     places = weights.budgeted_layers(decoder)
     records = []
     for i in progress(range(len(decoder.layers)), description="layers"):
-        stored: dict[str, Any] = {}
-        for name, value in folder.read_layer(i):
-            weights.put(stored, tuple(name.split(".")), value)
-        own = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), stored)
-        done = directory / f"layer_{i}.json"
-        x, grams, seen = _observe(decoder, i, own, x, batch, not done.exists())
-        if not done.exists():
-            shutil.rmtree(directory / "layers" / str(i), ignore_errors=True)
-            experts = given[places.index(i)] if given is not None and i in places else None
-            record, planes = _quantize_layer(decoder, i, own, grams, seen, identity, experts)
-            tree = _narrow(stored)
-            for path, value in planes.items():
-                weights.put(tree, path, value)
-            (directory / "layers").mkdir(exist_ok=True)
-            record["checksums"] = checkpoint.save_tree(
-                directory / "layers" / str(i), tree, checkpoint.BY_EXPERT
-            )
-            _write_json(done, record)
-        records.append(read_json(done))
+        given_here = given[places.index(i)] if given is not None and i in places else None
+        x = _one_layer(folder, i, x, batch, directory, identity, given_here)
+        records.append(read_json(directory / f"layer_{i}.json"))
     names = ("frequency", "routing_weight", "error", "ratio", "slope")
     return {
         **identity,
@@ -239,6 +223,31 @@ def _run(folder, windows, directory, identity, given, batch_tokens, progress):
             **{f"layers/{i}": record["checksums"] for i, record in enumerate(records)},
         },
     }
+
+
+def _one_layer(folder, i: int, x: np.ndarray, batch: int, directory: Path, identity, experts):
+    """Saves a layer unless it is there; returns its output for all windows, and holds no more."""
+    decoder = folder.decoder
+    stored: dict[str, Any] = {}
+    for name, value in folder.read_layer(i):
+        weights.put(stored, tuple(name.split(".")), value)
+    own = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), stored)
+    done = directory / f"layer_{i}.json"
+    y, grams, seen = _observe(decoder, i, own, x, batch, not done.exists())
+    if done.exists():
+        return y
+    shutil.rmtree(directory / "layers" / str(i), ignore_errors=True)
+    record, planes = _quantize_layer(decoder, i, own, grams, seen, identity, experts)
+    del own
+    tree = _narrow(stored)
+    for path, value in planes.items():
+        weights.put(tree, path, value)
+    (directory / "layers").mkdir(exist_ok=True)
+    record["checksums"] = checkpoint.save_tree(
+        directory / "layers" / str(i), tree, checkpoint.BY_EXPERT
+    )
+    _write_json(done, record)
+    return y
 
 
 def _observe(decoder: Decoder, i: int, own: Any, x: np.ndarray, batch: int, wanted: bool):

@@ -58,6 +58,7 @@ QUICKLY_COMPILED = {
     "test_once_lm.py",
     "test_pallas.py",
     "test_qat.py",
+    "test_quantize.py",
     "test_serving.py",
     "test_speculate.py",
     "test_text.py",
@@ -67,8 +68,8 @@ QUICKLY_COMPILED = {
     "test_vision_models.py",
 }
 """Files about how parts fit together, most of whose time is compiling: there, and in the processes
-that they start, LLVM optimises little. What XLA fuses stays the same, and products, quantisers,
-notebooks and the demo are compiled as users have them."""
+that they start, LLVM optimises little. What XLA fuses stays the same, and products, notebooks and
+the demo, which quantises a model and compares it, are compiled as users have them."""
 
 
 @pytest.fixture(scope="module", autouse=True)
