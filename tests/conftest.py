@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax._src import compiler
 
 from mcjax.compress import compress
 from mcjax.hub import write
@@ -68,17 +69,41 @@ QUICKLY_COMPILED = {
     "test_vision_models.py",
 }
 """Files about how parts fit together, most of whose time is compiling: there, and in the processes
-that they start, LLVM optimises little. What XLA fuses stays the same, and products, notebooks and
-the demo, which quantises a model and compares it, are compiled as users have them."""
+that they start, LLVM optimises little, and XLA on CPU emits fusions in its older way, which takes
+half the time. Products, notebooks and the demo, which quantises a model and compares it, are
+compiled as users have them."""
+
+EMITTERS = "xla_cpu_use_fusion_emitters"
+
+
+@pytest.fixture(scope="session")
+def compile_options():
+    """Options for compiling quickly; none where this version of XLA knows no such option."""
+    try:
+        jax.jit(lambda x: x + 1, compiler_options={EMITTERS: False})(0.0)
+    except jax.errors.JaxRuntimeError:
+        return {}
+    return {EMITTERS: False}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def programs(request):
+def programs(request, compile_options):
     """Frees a file's compiled programs: Linux lets a process map 65530 regions, each maps some."""
     quickly = request.path.name in QUICKLY_COMPILED
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(quickly))
     jax.config.update("jax_disable_most_optimizations", quickly)
-    yield
+    usual = compiler.get_compile_options  # JAX has no setting for options of every program
+
+    def get_compile_options(*args, env_options_overrides=None, **more):
+        options = {**compile_options, **(env_options_overrides or {})}
+        return usual(*args, env_options_overrides=options, **more)
+
+    with pytest.MonkeyPatch.context() as patch:  # the environment is for processes started here
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(quickly)))
+        if quickly and compile_options:
+            flags = os.environ.get("XLA_FLAGS", "")
+            patch.setenv("XLA_FLAGS", f"{flags} --{EMITTERS}=false")
+            patch.setattr(compiler, "get_compile_options", get_compile_options)
+        yield
     jax.clear_caches()
     gc.collect()
 

@@ -5,8 +5,8 @@ import warnings
 import jax
 import numpy as np
 import pytest
-from test_families import error, fixture
-from test_families import write as write_fixture
+from small_models import SIZES, small_config, small_model
+from test_families import error
 
 import mcjax
 from mcjax import checkpoint, compress, generate, serving, speculate
@@ -14,36 +14,30 @@ from mcjax.bitplane import BitPlanes, MixedPlanes
 from mcjax.evaluate import evaluate
 from mcjax.models.decoder import Delta, Routed
 
-NAMES = ("mixtral_base.npz", "qwen3_moe", "deepseek_v3", "gpt_oss", "gemma3", "qwen3_next")
 COMMON = dict(max_bits=8, samples=6, seq_len=24, effort="fast")
 PROMPTS = [[5, 9, 12, 7, 50, 3], [20, 41], [17, 17, 23, 4]]
 
 
-SLOW = ("mixtral_base.npz", "qwen3_moe", "gpt_oss")
-"""Whose parts other families have, or other tests: run with `pytest -m slow`."""
-
-CASES = [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in NAMES]
+TOKENS = np.random.default_rng(0).integers(0, 64, (2, 20), np.int32)
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda name: name.removesuffix("_base.npz"))
+@pytest.fixture(scope="module", params=SIZES)
 def case(request, tmp_path_factory, text_file):
-    """A family's folder with a tokenizer, its artifact, and the dense model and tokens."""
+    """A family's folder with a tokenizer, its artifact, and tokens."""
     from tokenizers import Tokenizer, models, trainers
 
-    config, tokens, _, tensors = fixture(request.param)
-    tensors.pop("bfloat16", None)
-    folder = write_fixture(tmp_path_factory.mktemp("family") / "model", config, tensors)
+    folder = small_model(tmp_path_factory.mktemp("family") / "model", request.param)
     tokenizer = Tokenizer(models.BPE())
     trainer = trainers.BpeTrainer(vocab_size=64, show_progress=False)
     tokenizer.train_from_iterator([*text_file.read_text().split(" ")[:500], " "], trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
     out = folder.parent / "artifact"
     compress.compress(folder, out, text_file, **COMMON)
-    return folder, out, mcjax.load(folder), tokens
+    return folder, out
 
 
 def test_eight_bits_are_nearly_the_model(case, text_file):
-    folder, out, _, _ = case
+    folder, out = case
     model = mcjax.load(out, attention_bits=8)
     assert model.average_bits == 8
     common = dict(seq_len=24, max_tokens=2400)
@@ -52,50 +46,50 @@ def test_eight_bits_are_nearly_the_model(case, text_file):
 
 
 def test_planes_are_what_they_dequantise_to(case):
-    _, out, _, tokens = case
+    _, out = case
     model = mcjax.load(out, budget=2.5)
     dense = jax.tree.map(
         lambda w: w.dequantize() if isinstance(w, BitPlanes | MixedPlanes) else w,
         model.params,
         is_leaf=lambda w: isinstance(w, BitPlanes | MixedPlanes),
     )
-    expected = model.module.apply({"params": dense}, tokens)
-    assert error(model(tokens), np.asarray(expected)) < 1e-4
+    expected = model.module.apply({"params": dense}, TOKENS)
+    assert error(model(TOKENS), np.asarray(expected)) < 1e-4
 
 
 def test_budgets_and_refining(case):
-    _, out, _, tokens = case
+    _, out = case
     low = mcjax.load(out, budget=2.5)
     assert 2 < low.average_bits <= 2.5
     for precision in ({"budget": 4.5}, {"budget": 3.25}):
         refined, loaded = low.refine(**precision), mcjax.load(out, **precision)
         jax.tree.map(np.testing.assert_array_equal, refined.params, loaded.params)
-    assert np.isfinite(refined(tokens)).all()
+    assert np.isfinite(refined(TOKENS)).all()
 
 
 def test_pruning(case):
-    _, out, _, tokens = case
+    _, out = case
     plain = mcjax.load(out, bits=4)
     routed = [s for s in plain.module.decoder.layers if isinstance(s.block, Routed)]
     skippable = any(s.block.routing.top_k > 1 for s in routed)
     with warnings.catch_warnings():
         warnings.simplefilter("error" if skippable else "ignore")
         model = mcjax.load(out, bits=4, prune="affine", quantile=0.9)
-    _, seen = model.module.apply({"params": model.params}, tokens, mutable=["keep"])
+    _, seen = model.module.apply({"params": model.params}, TOKENS, mutable=["keep"])
     kept = jax.tree.leaves(seen)
     assert bool(kept) == skippable
     if skippable:
         assert sum(k.shape[0] for k in kept) == len(routed)
         assert 0.1 < np.mean([np.mean(~np.asarray(k)) for k in kept]) < 0.9
-        assert np.isfinite(model(tokens)).all()
+        assert np.isfinite(model(TOKENS)).all()
     for policy in ("affine", "paper"):
         none = mcjax.load(out, bits=4, prune=policy, quantile=0.0)
-        assert error(none(tokens), np.asarray(plain(tokens))) < 1e-5
+        assert error(none(TOKENS), np.asarray(plain(TOKENS))) < 1e-5
 
 
 def test_drafts_change_nothing(case):
     """Few planes draft, many are refused, and a recurrent state is then what it was."""
-    _, out, _, _ = case
+    _, out = case
     model = mcjax.load(out, bits=8, attention_bits=8)
     draft, tally = speculate.self_draft(model, 1, 3), speculate.Tally()
     common = model.module, model.params, PROMPTS, 14
@@ -106,7 +100,7 @@ def test_drafts_change_nothing(case):
 
 
 def test_a_killed_run_goes_on(case, text_file, monkeypatch):
-    folder, out, _, _ = case
+    folder, out = case
     again = out.parent / "again"
     save, calls = checkpoint.save_tree, []
 
@@ -130,7 +124,7 @@ def test_families_differ_as_they_should():
     """The five kinds of structure that the cases above are about are all there."""
     from mcjax.models.families import describe
 
-    layers = [layer for name in NAMES for layer in describe(fixture(name)[0])[1].layers]
+    layers = [layer for name in SIZES for layer in describe(small_config(name))[1].layers]
     assert {type(layer.mixer).__name__ for layer in layers} == {"Heads", "Latent", "Delta"}
     assert any(isinstance(layer.mixer, Delta) for layer in layers)
     assert {isinstance(layer.block, Routed) for layer in layers} == {True, False}

@@ -41,12 +41,7 @@ def popcount_dot(x: jax.Array, planes: BitPlanes | MixedPlanes, act_bits: int = 
 
 @popcount_dot.defjvp
 def _straight_through(act_bits, primals, tangents):
-    x, planes = primals
-    if isinstance(planes, MixedPlanes):
-        change = planes.choose(lambda one: tiled_dot(tangents[0], one))
-    else:
-        change = tiled_dot(tangents[0], planes)
-    return popcount_dot(x, planes, act_bits), change
+    return popcount_dot(*primals, act_bits), tiled_dot(tangents[0], primals[1])
 
 
 class _Rows(NamedTuple):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mcjax import tables as tables_lib
-from mcjax.bitplane import BitPlanes, unpack_signs
+from mcjax.bitplane import BitPlanes, MixedPlanes, unpack_signs
 from mcjax.ops import device
 from mcjax.ops.linear import alike, linear
 from mcjax.ops.rounding import quantize_activations
@@ -20,11 +20,13 @@ TILE_BYTES = 4 << 20
 """Largest dequantised tile on a CPU; much larger buffers are mapped anew for every product."""
 
 
-def tiled_dot(x: jax.Array, planes: BitPlanes) -> jax.Array:
+def tiled_dot(x: jax.Array, planes: BitPlanes | MixedPlanes) -> jax.Array:
     """X [N, d_in] times planes [d_in, d_out], in x's dtype with float32 sums; planes are constants.
 
     Features are multiplied in the order in which the planes hold them, so it is x that is permuted.
     """
+    if isinstance(planes, MixedPlanes):
+        return planes.choose(partial(tiled_dot, x))
     return linear(_forward, _backward, planes, x)
 
 
