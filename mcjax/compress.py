@@ -231,6 +231,7 @@ def _one_layer(folder, i: int, x: np.ndarray, batch: int, directory: Path, ident
     stored: dict[str, Any] = {}
     for name, value in folder.read_layer(i):
         weights.put(stored, tuple(name.split(".")), value)
+    folder.unmap()
     own = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), stored)
     done = directory / f"layer_{i}.json"
     y, grams, seen = _observe(decoder, i, own, x, batch, not done.exists())

@@ -96,6 +96,10 @@ class Checkpoint:
                 raise ValueError(f"{file} is not a readable safetensors file: {error}") from None
         return self._files[file.name]
 
+    def unmap(self) -> None:
+        """Lets go of the pages of weight files that were read; reading more maps them again."""
+        self._files.clear()
+
     def tensor(self, name: str, shape: tuple[int, ...] | None, dtype: Any = None) -> np.ndarray:
         """A tensor, of the type that it is stored in or of `dtype`.
 
@@ -161,6 +165,7 @@ class Folder(Checkpoint):
                     room = (self.decoder.segments[s].repeats, *value.shape)
                     weights.put(tree, where, np.empty(room, value.dtype))
                 weights.get(tree, where)[repeat] = value
+            self.unmap()
         return jax.device_put(tree)
 
     def read_rest(self, dtype: Any = None) -> dict[str, Any]:
