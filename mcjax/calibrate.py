@@ -67,7 +67,9 @@ def observe(spec: Layer, width: int, eps: float, own: Any, x: jax.Array):
       The layer's output [B, T, D]; sums of x x' over the tokens for every input of a product but
       those inside of routed experts, by tap; and `Seen`. The network of a layer without routed
       experts is its one expert, and a token's weight is one over the size of what comes out of the
-      layer, since later norms make nothing of that size.
+      layer, since later norms make nothing of that size. Likewise weights of experts whose sum is
+      normalised are divided by its size. Where weights multiply what goes into experts, each pair
+      of a token and an expert is a token of its own.
     """
     y, _, taps = run_layer(spec, own, x, Context(jnp.arange(x.shape[1])[None], None), None, eps)
 
@@ -77,11 +79,20 @@ def observe(spec: Layer, width: int, eps: float, own: Any, x: jax.Array):
 
     names = {role.tap for role in weights_lib.roles(spec, width) if role.tap in taps}
     grams = {str(name): gram(taps[name]) for name in sorted(names, key=str)}
-    rows = taps["block_input"].reshape(-1, width)
-    if isinstance(spec.block, Routed):
-        return y, grams, Seen(rows, taps["experts"], taps["weights"])
-    size = jnp.linalg.norm(y.reshape(-1, width), axis=-1, keepdims=True)
-    return y, grams, Seen(rows, jnp.zeros((len(rows), 1), jnp.int32), 1 / jnp.maximum(size, 1e-12))
+
+    def size(of):
+        return jnp.maximum(jnp.linalg.norm(of.reshape(-1, width), axis=-1, keepdims=True), 1e-12)
+
+    if not isinstance(spec.block, Routed):
+        rows = taps["block_input"].reshape(-1, width)
+        return y, grams, Seen(rows, jnp.zeros((len(rows), 1), jnp.int32), 1 / size(y))
+    rows, experts, weights = taps["expert_input"], taps["experts"], taps["weights"]
+    if spec.block.routing.inputs:
+        rows = (rows[:, None] * weights[..., None]).reshape(-1, width)
+        experts, weights = experts.reshape(-1, 1), jnp.ones((len(rows), 1))
+    elif spec.block.apart or spec.norms != "before":
+        weights = weights / size(taps["experts_output"])
+    return y, grams, Seen(rows, experts, weights)
 
 
 def use(experts: int, batches: Sequence[Seen]) -> tuple[np.ndarray, np.ndarray]:

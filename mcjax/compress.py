@@ -20,7 +20,7 @@ from mcjax import checkpoint, text
 from mcjax.atomic import whole
 from mcjax.bitplane import BitPlanes, resolve_group_size
 from mcjax.calibrate import Seen, expert_errors, expert_grams, observe, pruning_statistics, use
-from mcjax.hub import Folder, read_json
+from mcjax.hub import Folder, local, read_json
 from mcjax.models import weights
 from mcjax.models.decoder import Decoder, Layer, Routed
 from mcjax.models.families import describe
@@ -78,9 +78,9 @@ def compress(
     artifact is written beside `out` and moved there when whole.
 
     Args:
-      model: a Hugging Face folder.
+      model: a Hugging Face folder, or a name on the hub, see `mcjax.hub.local`.
       out: the artifact to write; must not exist.
-      calibration: a UTF-8 text file.
+      calibration: a text, see `mcjax.documents.read_documents`.
       max_bits: planes of each expert weight.
       group_size: input features that share a table entry, None for each weight's default.
       samples: calibration windows, spread evenly over the text.
@@ -110,7 +110,7 @@ def compress(
         raise ValueError(f"--max-bits must be 1 to 8, got {max_bits}")
     if effort not in EFFORTS:
         raise ValueError(f"--effort must be one of {', '.join(EFFORTS)}, got {effort!r}")
-    folder = Folder(model)
+    folder = Folder(local(model))
     decoder = folder.decoder
     for layer in set(decoder.layers):
         for role in weights.roles(layer, decoder.width):
@@ -122,7 +122,8 @@ def compress(
             f"positions that the model has, not of {seq_len}"
         )
         seq_len = decoder.max_position_embeddings
-    tokens = text.encode_file(folder.tokenizer_path, calibration, decoder.vocab_size)
+    ends = decoder.eos_token_ids
+    tokens = text.encode_file(folder.tokenizer_path, calibration, decoder.vocab_size, ends)
     begin = text.beginning(folder.tokenizer_path, decoder.vocab_size, bos)
     windows = text.windows(tokens, seq_len, "calibration text", begin)
     windows = text.spread(windows, samples)
@@ -291,14 +292,15 @@ def _quantize_layer(decoder: Decoder, i: int, own: Any, grams, seen, identity, e
     def make(some, mine):
         if experts is not None:
             return jax.tree.map(lambda a: a[some], experts)
-        activation, every = layer.block.activation, grams["block_input"]
+        activation, every = layer.block.activation, grams[shared_out[0].tap]
         into, hidden = expert_grams(activation, mine, seen, some.start, every)
         bits = identity["max_bits"]
         raising = {name: mine[name] for name in ("gate", "up")}
         made = _quantize_alike(raising, bits, into, effort)
         return made | _quantize_alike({"down": mine["down"]}, bits, hidden, effort)
 
-    made, error = _by_blocks(decoder, layer, dense, seen, make, own.get(weights.AFTER))
+    after = None if routed else own.get(weights.AFTER)
+    made, error = _by_blocks(decoder, layer, dense, seen, make, after)
     planes |= {
         (*path, name): p if routed else jax.tree.map(lambda a: a[0], p) for name, p in made.items()
     }

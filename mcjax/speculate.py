@@ -24,8 +24,8 @@ import jax.numpy as jnp
 
 from mcjax import checkpoint, parameters
 from mcjax.models.attention import DRAFTED
-from mcjax.models.delta import Recurrent
 from mcjax.models.language_model import LanguageModel
+from mcjax.models.recurrent import Recurrent
 from mcjax.ops import choice, device
 from mcjax.sampling import Sampling, allowed, filter_logits, sample
 from mcjax.serving import Model
@@ -261,7 +261,7 @@ def _after(states: Recurrent, accepted: jax.Array) -> Recurrent:
         index = accepted.reshape(1, -1, *(1,) * (array.ndim - 2))
         return jnp.take_along_axis(array, index, axis=2)[:, :, 0]
 
-    return Recurrent(pick(states.inputs), pick(states.state))
+    return jax.tree.map(pick, states)
 
 
 def _leading(accepted: jax.Array) -> jax.Array:

@@ -21,28 +21,48 @@ PROMPTS = [[5, 9, 12, 7, 50, 3], [20, 41], [17, 17, 23, 4]]
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 20), np.int32)
 
 
-@pytest.fixture(scope="module", params=SIZES)
-def case(request, tmp_path_factory, text_file):
-    """A family's folder with a tokenizer, its artifact, and tokens."""
+KINDS = ("deepseek_v3", "gemma3", "qwen3_next", "deepseek_v32", "llama4", "lfm2_moe", "llama")
+"""One of each kind: latent, windowed, recurrent, indexed, chunked, convolutional, dense."""
+
+SLOW = ("mixtral", "qwen3_moe", "gpt_oss")
+"""Whose parts those have, or other tests: run with `pytest -m slow`."""
+
+
+def made(name, folder, text_file):
+    """A family's folder with a tokenizer, and its artifact."""
     from tokenizers import Tokenizer, models, trainers
 
-    folder = small_model(tmp_path_factory.mktemp("family") / "model", request.param)
+    model = small_model(folder / "model", name)
     tokenizer = Tokenizer(models.BPE())
     trainer = trainers.BpeTrainer(vocab_size=64, show_progress=False)
     tokenizer.train_from_iterator([*text_file.read_text().split(" ")[:500], " "], trainer)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    out = folder.parent / "artifact"
-    compress.compress(folder, out, text_file, **COMMON)
-    return folder, out
+    tokenizer.save(str(model / "tokenizer.json"))
+    compress.compress(model, folder / "artifact", text_file, **COMMON)
+    return model, folder / "artifact"
 
 
-def test_eight_bits_are_nearly_the_model(case, text_file):
-    folder, out = case
+@pytest.fixture(
+    scope="module", params=[*KINDS, *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)]
+)
+def case(request, tmp_path_factory, text_file):
+    return made(request.param, tmp_path_factory.mktemp("family"), text_file)
+
+
+def eight_bits_are_nearly_the_model(folder, out, text_file):
     model = mcjax.load(out, attention_bits=8)
     assert model.average_bits == 8
     common = dict(seq_len=24, max_tokens=2400)
     served = evaluate(out, text_file, attention_bits=8, **common)["perplexity"]
     assert abs(served / evaluate(folder, text_file, **common)["perplexity"] - 1) < 0.05
+
+
+def test_eight_bits_are_nearly_the_model(case, text_file):
+    eight_bits_are_nearly_the_model(*case, text_file)
+
+
+@pytest.mark.parametrize("name", [name for name in SIZES if name not in KINDS + SLOW])
+def test_eight_bits_of_the_others(name, tmp_path, text_file):
+    eight_bits_are_nearly_the_model(*made(name, tmp_path, text_file), text_file)
 
 
 def test_planes_are_what_they_dequantise_to(case):
@@ -124,9 +144,14 @@ def test_families_differ_as_they_should():
     """The five kinds of structure that the cases above are about are all there."""
     from mcjax.models.families import describe
 
-    layers = [layer for name in SIZES for layer in describe(small_config(name))[1].layers]
-    assert {type(layer.mixer).__name__ for layer in layers} == {"Heads", "Latent", "Delta"}
+    layers = [layer for name in KINDS for layer in describe(small_config(name))[1].layers]
+    assert {type(layer.mixer).__name__ for layer in layers} == {
+        "Heads",
+        "Latent",
+        "Delta",
+        "Convolution",
+    }
     assert any(isinstance(layer.mixer, Delta) for layer in layers)
     assert {isinstance(layer.block, Routed) for layer in layers} == {True, False}
-    assert {layer.sandwich for layer in layers} == {True, False}
+    assert {layer.norms for layer in layers} == {"before", "both"}
     assert serving.ATTENTION_BITS in compress.ATTENTION_WIDTHS

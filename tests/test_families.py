@@ -52,8 +52,18 @@ def error(got, wanted):
 
 
 def test_every_family_has_fixtures():
-    assert {fixture(name)[0]["model_type"] for name in NAMES} | {"mixtral"} == set(PAGES)
-    assert mcjax.families() == tuple(PAGES)
+    known = {fixture(name)[0]["model_type"] for name in NAMES} | {"mixtral", "kimi_k2"}
+    assert known == set(PAGES)
+    assert tuple(mcjax.families()) == tuple(PAGES)
+
+
+def test_the_readme_has_the_families():
+    readme = (SOURCE.parent / "README.md").read_text()
+    for page in dict.fromkeys(PAGES.values()):
+        kinds = ", ".join(f"`{kind}`" for kind in page.MODEL_TYPES)
+        assert f"| {page.NAME} | {kinds} | {page.CHECKED} |" in readme
+        for kind in page.MODEL_TYPES:
+            assert mcjax.families()[kind] == f"{page.NAME}: {page.CHECKED}"
 
 
 def test_logits_are_the_references(case):
@@ -144,6 +154,12 @@ def test_rules_write_what_they_read(name, tmp_path):
                 np.testing.assert_allclose(a, b.astype(np.float16), rtol=1e-3, atol=1e-6)
 
 
+def test_kimi_is_a_deepseek(tmp_path):
+    config, tokens, logits, tensors = fixture("deepseek_v3")
+    config = config | {"model_type": "kimi_k2"}
+    assert error(mcjax.load(write(tmp_path / "model", config, tensors))(tokens), logits) < 1e-4
+
+
 def test_a_wrapper_is_looked_into(tmp_path):
     config, tokens, logits, tensors = fixture("gemma3")
     wrapped = {f"language_model.{name}": value for name, value in tensors.items()}
@@ -183,8 +199,8 @@ def test_configs_are_refused(tmp_path, change, message):
     [
         ("model.layers.0.self_attn.q_proj.bias", "nothing reads .*q_proj.bias"),
         ("base_model.model.layers.0.lora_A.weight", "nothing reads .*lora_A"),
-        ("model.layers.0.mlp.gate.qweight", "GPTQ or AWQ checkpoint"),
-        ("model.layers.0.mlp.gate.weight_scale_inv", "FP8 checkpoint"),
+        ("model.layers.0.mlp.gate.qweight", "mlp.gate is a GPTQ weight without qzeros, scales"),
+        ("model.layers.0.mlp.gate.weight.absmax", "is of a bitsandbytes checkpoint"),
         ("model.layers.7.mlp.gate.weight", "nothing reads"),
     ],
 )
@@ -216,17 +232,27 @@ def test_segments_find_periods():
         assert "".join("".join(s.period) * s.repeats for s in segments(list(text))) == text
 
 
-def test_programs_do_not_grow_with_depth():
-    """A deep model's program has no more instructions than a shallow one's."""
-    config = fixture("qwen3_moe")[0]
-    sizes = []
-    for depth in (4, 32):
-        module = LanguageModel(describe(config | {"num_hidden_layers": depth})[1])
+@pytest.mark.parametrize(
+    "name", ["qwen3_moe", "deepseek_v32", "llama4", "lfm2_moe", "llama", "gemma4", "qwen3_next"]
+)
+def test_programs_do_not_grow_with_depth(name):
+    """A deep model's program has no more instructions than one of a few periods."""
+    config = fixture(name)[0]
+    whole, sizes = config["num_hidden_layers"], []
+    for times in (4, 16):
+        more = {key: config[key] * times for key in config.keys() & PER_LAYER}
+        deep = config | more | {"num_hidden_layers": whole * times}
+        deep = {key: value for key, value in deep.items() if key not in ("moe_layers", *DROPPED)}
+        module = LanguageModel(describe(deep)[1])
         params = jax.eval_shape(lambda m=module: weights.init(m.decoder, jax.random.key(0)))
         tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
         text = jax.jit(module.apply).lower({"params": params}, tokens).as_text()
         sizes.append(text.count("\n"))
     assert sizes[1] <= 1.02 * sizes[0]
+
+
+PER_LAYER = {"layer_types", "mlp_layer_types", "no_rope_layers"}
+DROPPED = ("per_layer_config", "mlp_only_layers")
 
 
 def test_families_are_known_on_their_pages_alone():

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from mcjax.models import rope
-from mcjax.models.decoder import Heads, Latent
-from mcjax.models.norms import rms_norm
+from mcjax.models.decoder import Heads, Index, Latent, QKNorm, Temperature
+from mcjax.models.norms import layer_norm, rms_norm
 from mcjax.ops import dense, dot
 from mcjax.ops.linear import alike
 
@@ -49,10 +49,17 @@ class KeyValues(NamedTuple):
 
 
 class Latents(NamedTuple):
-    """Latents [R, B, S, rank] of past tokens and their rotated keys [R, B, S, rope.dim]."""
+    """Of past tokens, stacked over layers.
+
+    Attributes:
+      latent: [R, B, S, rank].
+      key: [R, B, S, rope.dim], rotated.
+      index_key: [R, B, S, index.dim], None without an index.
+    """
 
     latent: jax.Array
     key: jax.Array
+    index_key: jax.Array | None = None
 
 
 def heads(
@@ -82,26 +89,43 @@ def heads(
     batch, length, _ = x.shape
     taps: dict[str, Any] = {"mixer_input": x}
     h, kv, d = spec.heads, spec.kv_heads, spec.head_dim
-    qkv = _biased(dot(x, weights["qkv"], act_bits), weights.get("qkv_bias"))
+    qkv = biased(dot(x, weights["qkv"], act_bits), weights.get("qkv_bias"))
     wide = h * d * (2 if spec.gated else 1)
-    q, k, v = jnp.split(qkv, [wide, wide + kv * d], axis=-1)
+    q, k = qkv[..., :wide], qkv[..., wide : wide + kv * d]
+    v = k if spec.shared_values else qkv[..., wide + kv * d :]
     q, gate = q.reshape(batch, length, h, -1), None
     if spec.gated:
         q, gate = q[..., :d], q[..., d:]
     k, v = k.reshape(batch, length, kv, d), v.reshape(batch, length, kv, d)
-    if spec.qk_norm:
-        q, k = rms_norm(q, weights["q_norm"], eps), rms_norm(k, weights["k_norm"], eps)
+
+    def both_normed(norm: QKNorm, q, k):
+        def one(x, name):
+            scale = weights[f"{name}_norm"] if norm.scale else None
+            rows = x if norm.over == "head" else x.reshape(batch, length, -1)
+            return rms_norm(rows, scale, eps).reshape(x.shape)
+
+        return one(q, "q"), one(k, "k")
+
+    if spec.qk_norm and not spec.qk_norm.rotated:
+        q, k = both_normed(spec.qk_norm, q, k)
+    if spec.clip is not None:
+        q, k, v = (jnp.clip(a, -spec.clip, spec.clip) for a in (q, k, v))
+    if spec.value_norm:
+        v = rms_norm(v, None, eps)
     whole = length if cache is None else cache.keys.shape[3]
     if spec.rope is not None:
         cos, sin = rope.angles(spec.rope, context.positions, whole)
         q = rope.rotate(q, cos, sin, spec.rope.interleaved)
         k = rope.rotate(k, cos, sin, spec.rope.interleaved)
+    if spec.qk_norm and spec.qk_norm.rotated:
+        q, k = both_normed(spec.qk_norm, q, k)
+    q = _tempered(spec.temperature, q, context.positions)
     k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
     q = q.reshape(batch, length, kv, h // kv, d)
     sinks = None
     if spec.sinks:
         sinks = weights["sinks"].astype(jnp.float32).reshape(1, kv, h // kv, 1)
-    rule = Rule(spec.scale, spec.window, sinks)
+    rule = Rule(spec.scale, spec.window, spec.chunked, sinks)
     if cache is None:
         out, map_ = attend(rule, q, k, v, context)
     else:
@@ -123,17 +147,13 @@ def heads(
             jnp.arange(kv)[None, :, None],
             _slots(context, length, slots, ring)[:, None],
         )
-        cache = KeyValues(
-            cache.keys.at[place].set(k.astype(cache.keys.dtype), mode="drop"),
-            cache.values.at[place].set(v.astype(cache.values.dtype), mode="drop"),
-        )
-        held = cache
+        held = cache = KeyValues(_kept(cache.keys, place, k), _kept(cache.values, place, v))
         if not ring:
             out, map_ = attend_cached(rule, q, context, read, slots)
     out = out.reshape(batch, length, -1)
     if gate is not None:
         out = out * jax.nn.sigmoid(gate.reshape(batch, length, -1))
-    y = _biased(dot(out, weights["o"], act_bits), weights.get("o_bias"))
+    y = biased(dot(out, weights["o"], act_bits), weights.get("o_bias"))
     return y, cache, taps | {"mixer_output": out, "attention": map_}
 
 
@@ -158,32 +178,37 @@ def latent(
     if spec.query_rank is None:
         q = dot(x, weights["q"], act_bits)
     else:
-        q = _biased(dot(x, weights["q_a"], act_bits), weights.get("q_a_bias"))
-        q = rms_norm(q, weights["q_norm"], inner)
-        taps["query_latent"] = q
-        q = dot(q, weights["q_b"], act_bits)
+        q = biased(dot(x, weights["q_a"], act_bits), weights.get("q_a_bias"))
+        taps["query_latent"] = rms_norm(q, weights["q_norm"], inner)
+        q = dot(taps["query_latent"], weights["q_b"], act_bits)
     q = q.reshape(batch, length, h, -1)
-    kv = _biased(dot(x, weights["kv_a"], act_bits), weights.get("kv_a_bias"))
+    kv = biased(dot(x, weights["kv_a"], act_bits), weights.get("kv_a_bias"))
     kv, k_rope = kv[..., : spec.rank], kv[..., spec.rank :]
     kv = rms_norm(kv, weights["kv_norm"], inner)
     taps["latent"] = kv
     whole = length if cache is None else cache.latent.shape[2]
+    place: Any = None
+    if cache is not None:
+        place = context.repeat, jnp.arange(batch)[:, None], _slots(context, length, whole, False)
     cos, sin = rope.angles(spec.rope, context.positions, whole)
     q_rope = rope.rotate(q[..., nope:], cos, sin, spec.rope.interleaved)
     k_rope = rope.rotate(k_rope[:, :, None], cos, sin, spec.rope.interleaved)[:, :, 0]
     up = dense(weights["kv_b"], x.dtype).reshape(spec.rank, h, nope + spec.value_dim)
     q_latent = jnp.einsum("bthn,rhn->bthr", q[..., :nope], up[..., :nope])
-    q = jnp.concatenate([q_latent, q_rope], axis=-1)[:, :, None]
-    rule = Rule(spec.scale, None, None)
+    q = _tempered(spec.temperature, jnp.concatenate([q_latent, q_rope], axis=-1), context.positions)
+    q = q[:, :, None]
+    chosen, index_key = None, None
+    if spec.index is not None:
+        old = None if cache is None else cache.index_key
+        of_index = weights, x, taps["query_latent"], (cos, sin), context, old, place
+        chosen, index_key = _chosen(spec.index, *of_index, act_bits)
+    rule = Rule(spec.scale, chosen=chosen)
     if cache is None:
         own = kv[:, None]
         out, map_ = attend(rule, q, jnp.concatenate([own, k_rope[:, None]], -1), own, context)
     else:
-        place = context.repeat, jnp.arange(batch)[:, None], _slots(context, length, whole, False)
-        cache = held = Latents(
-            cache.latent.at[place].set(kv.astype(cache.latent.dtype), mode="drop"),
-            cache.key.at[place].set(k_rope.astype(cache.key.dtype), mode="drop"),
-        )
+        held = _kept(cache.latent, place, kv), _kept(cache.key, place, k_rope)
+        cache = Latents(*held, index_key)
 
         def read(start, size):
             at = tuple(map(jnp.int32, (context.repeat, 0, start, 0)))
@@ -195,8 +220,63 @@ def latent(
 
         out, map_ = attend_cached(rule, q, context, read, whole)
     out = jnp.einsum("bthr,rhv->bthv", out[:, :, 0], up[..., nope:]).reshape(batch, length, -1)
-    y = _biased(dot(out, weights["o"], act_bits), weights.get("o_bias"))
+    y = biased(dot(out, weights["o"], act_bits), weights.get("o_bias"))
     return y, cache, taps | {"mixer_output": out, "attention": map_}
+
+
+def _chosen(
+    spec: Index,
+    weights: Any,
+    x: jax.Array,
+    query_latent: jax.Array,
+    angles: tuple[jax.Array, jax.Array],
+    context: Context,
+    held: jax.Array | None,
+    place: Any,
+    act_bits: int | None,
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """The keys of each query, bool [B, T, S] or None for all; and the cache of index keys."""
+    batch, length, _ = x.shape
+
+    def turn(y):
+        return rope.rotate(y, *angles, spec.interleaved)
+
+    q = turn(dot(query_latent, weights["index_q"], act_bits).reshape(batch, length, spec.heads, -1))
+    scale, bias = weights["index_norm"], weights["index_norm_bias"]
+    keys = layer_norm(dot(x, weights["index_k"], act_bits), scale, bias, 1e-6)
+    keys, positions = turn(keys[:, :, None])[:, :, 0], context.positions
+    if held is not None:
+        held = _kept(held, place, keys)
+        keys, positions = held[context.repeat].astype(x.dtype), jnp.arange(held.shape[2])[None]
+    if keys.shape[1] <= spec.top_k:
+        return None, held
+    share = jnp.dot(x, weights["index_weight"].astype(x.dtype)).astype(jnp.float32)
+    share = share * (spec.heads * spec.dim) ** -0.5
+
+    def add(total, head):  # head by head: the scores of all at once are many
+        q, share = head
+        score = jnp.einsum("btd,bsd->bts", q, keys).astype(jnp.float32)
+        return total + share[..., None] * jax.nn.relu(score), None
+
+    total = jnp.zeros((batch, length, keys.shape[1]))
+    every = jnp.moveaxis(q, 2, 0), jnp.moveaxis(share, 2, 0)
+    total, _ = jax.lax.scan(add, alike((total, x))[0], every)
+    total = jnp.where(visible(context.positions, positions, None), total, -jnp.inf)
+    best = jax.lax.top_k(total, spec.top_k)[1]
+    at = jnp.arange(batch)[:, None, None], jnp.arange(length)[None, :, None], best
+    return jnp.zeros(total.shape, bool).at[at].set(True), held
+
+
+def _tempered(spec: Temperature | None, q: jax.Array, positions: jax.Array) -> jax.Array:
+    """Queries [B, T, H, d] times their temperatures."""
+    if spec is None:
+        return q
+    far = jnp.floor((positions + spec.shift).astype(jnp.float32) / spec.length)
+    return q * (1 + spec.scale * jnp.log1p(far))[..., None, None].astype(q.dtype)
+
+
+def _kept(cache: jax.Array, place: Any, value: jax.Array) -> jax.Array:
+    return cache.at[place].set(value.astype(cache.dtype), mode="drop")
 
 
 KEYS = 256
@@ -219,12 +299,16 @@ class Rule(NamedTuple):
     Attributes:
       scale: multiplies the scores.
       window: see `Heads`.
+      chunked: see `Heads`.
       sinks: float32 [1, KV, G, 1], None for none.
+      chosen: bool [B, T, S], keys of each query, None for all.
     """
 
     scale: float
-    window: int | None
-    sinks: jax.Array | None
+    window: int | None = None
+    chunked: bool = False
+    sinks: jax.Array | None = None
+    chosen: jax.Array | None = None
 
 
 def attend(
@@ -244,21 +328,21 @@ def attend(
     """
     positions, (batch, length) = context.positions, q.shape[:2]
 
-    def rows(q, at):
-        return _dense(rule, q, k, v, at, positions)
+    def rows(q, at, chosen):
+        return _dense(rule._replace(chosen=chosen), q, k, v, at, positions)
 
     if context.mapped or length <= QUERIES:
-        out, weights = rows(q, positions)
+        out, weights = rows(q, positions, rule.chosen)
         return out, _map(weights, length) if context.mapped else None
     # Derivatives compute a block's scores again rather than keep those of all.
     count = -(-length // QUERIES)
     more = count * QUERIES - length
-    q = jnp.pad(q, ((0, 0), (0, more), (0, 0), (0, 0), (0, 0)))
-    at = jnp.pad(positions, ((0, 0), (0, more)), mode="edge")
-    blocks = (
-        jnp.moveaxis(q.reshape(batch, count, QUERIES, *q.shape[2:]), 1, 0),
-        jnp.moveaxis(at.reshape(at.shape[0], count, QUERIES), 1, 0),
-    )
+
+    def cut(a):
+        a = jnp.pad(a, ((0, 0), (0, more), *[(0, 0)] * (a.ndim - 2)), mode="edge")
+        return jnp.moveaxis(a.reshape(a.shape[0], count, QUERIES, *a.shape[2:]), 1, 0)
+
+    blocks = jax.tree.map(cut, (q, positions, rule.chosen))
     out = jax.lax.map(jax.checkpoint(lambda block: rows(*block)[0]), blocks)
     return jnp.moveaxis(out, 0, 1).reshape(batch, -1, *out.shape[3:])[:, :length], None
 
@@ -314,7 +398,7 @@ def attend_ring(
 
 
 class _Blocks(NamedTuple):
-    """Slots in blocks: how many, and from a block's index its keys, values and positions."""
+    """Slots in blocks: how many, and from an index the first slot, keys, values and positions."""
 
     number: jax.Array
     read: Callable
@@ -329,7 +413,7 @@ def _blocks(positions, slots: int, read: Read, held: Callable) -> _Blocks:
         # The last block overlaps the one before it where blocks do not divide the slots.
         start = jnp.minimum(i * size, slots - size)
         at = start + jnp.arange(size, dtype=jnp.int32)
-        return *read(start, size), jnp.where((at >= i * size)[None], held(at), _NEVER)
+        return start, *read(start, size), jnp.where((at >= i * size)[None], held(at), _NEVER)
 
     return _Blocks(last // size + 1, one)
 
@@ -337,7 +421,7 @@ def _blocks(positions, slots: int, read: Read, held: Callable) -> _Blocks:
 def _begin(rule: Rule, q, blocks: _Blocks):
     """Greatest score, sum of exponentials and sum of values of no keys yet, but for the sinks."""
     batch, length, kv, group, _ = q.shape
-    values = jax.eval_shape(blocks.read, jnp.int32(0))[1].shape[-1]
+    values = jax.eval_shape(blocks.read, jnp.int32(0))[2].shape[-1]
     shape = (batch, kv, group, length)
     if rule.sinks is None:
         most, total = jnp.full(shape, -jnp.inf), jnp.zeros(shape)
@@ -361,8 +445,12 @@ def _fold(rule: Rule, q, k, v, positions, key_positions, carry):
 
 def _online(rule: Rule, q, positions, blocks: _Blocks, carry) -> jax.Array:
     def block(i, carry):
-        k, v, key_positions = blocks.read(i)
-        return _fold(rule, q, k, v, positions, key_positions, carry)
+        start, k, v, key_positions = blocks.read(i)
+        own = rule
+        if rule.chosen is not None:
+            some = jax.lax.dynamic_slice_in_dim(rule.chosen, start, k.shape[2], axis=2)
+            own = rule._replace(chosen=some)
+        return _fold(own, q, k, v, positions, key_positions, carry)
 
     carry = alike((carry, q, positions))[0]
     _, total, out = jax.lax.fori_loop(jnp.int32(0), blocks.number, block, carry)
@@ -373,7 +461,9 @@ def _online(rule: Rule, q, positions, blocks: _Blocks, carry) -> jax.Array:
 
 def _scores(rule: Rule, q, k, positions, key_positions):
     scores = jnp.einsum("btkgd,bksd->bkgts", q, k).astype(jnp.float32) * rule.scale
-    seen = visible(positions, key_positions, rule.window)
+    seen = visible(positions, key_positions, rule.window, rule.chunked)
+    if rule.chosen is not None:
+        seen &= rule.chosen
     return jnp.where(seen[:, None, None], scores, -jnp.inf)
 
 
@@ -405,12 +495,17 @@ def _slots(context: Context, length: int, slots: int, ring: bool) -> jax.Array:
     return jnp.where(kept & (number >= real - slots), context.positions % slots, slots)
 
 
-def visible(positions: jax.Array, key_positions: jax.Array, window: int | None) -> jax.Array:
+def visible(
+    positions: jax.Array, key_positions: jax.Array, window: int | None, chunked: bool = False
+) -> jax.Array:
     """Which keys a query sees: bool [B or 1, T, S] of positions [B or 1, T] and [B or 1, S]."""
-    distance = positions[:, :, None] - key_positions[:, None, :]
-    seen = distance >= 0
-    return seen if window is None else seen & (distance < window)
+    query, key = positions[:, :, None], key_positions[:, None, :]
+    seen = query >= key
+    if window is None:
+        return seen
+    return seen & (query // window == key // window if chunked else query - key < window)
 
 
-def _biased(y: jax.Array, bias: jax.Array | None) -> jax.Array:
+def biased(y: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """Y with a bias on its last axis, if there is one."""
     return y if bias is None else y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))

@@ -14,6 +14,33 @@ from mcjax.models.rope import Rope
 
 
 @dataclass(frozen=True, kw_only=True)
+class QKNorm:
+    """How queries and keys are normalised.
+
+    Attributes:
+      over: "head", every head by itself, or "all", the features of all heads together.
+      scale: whether the features have a learned scale.
+      rotated: whether it comes after the rotation.
+    """
+
+    over: str = "head"
+    scale: bool = True
+    rotated: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Temperature:
+    """Sharpens far queries: ``1 + scale log(1 + floor((position + shift) / length))`` times each.
+
+    (arXiv 2501.19399.)
+    """
+
+    scale: float
+    length: int
+    shift: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Heads:
     """Grouped-query attention: ``softmax(scale q k' [+ sink]) v``.
 
@@ -24,9 +51,14 @@ class Heads:
       scale: multiplies the scores.
       rope: rotary positions of the first `rope.dim` features of a head, None for none.
       window: keys a query can see, itself included; None for all before it.
+      chunked: whether a query instead sees no key before the last multiple of `window`.
       bias: whether queries, keys and values have a bias.
       out_bias: whether the output has one.
-      qk_norm: whether each head of queries and keys is normalised before its rotation.
+      qk_norm: of queries and keys, None for none.
+      value_norm: whether each head of values is divided by its root mean square.
+      shared_values: whether values are what keys are before their norm and rotation.
+      clip: bounds of queries, keys and values before their rotation, None for none.
+      temperature: of the queries, None for 1.
       sinks: whether each head has a learned score that takes part in the softmax and gives nothing.
       gated: whether each head's output is multiplied by the sigmoid of a gate beside its query.
     """
@@ -37,9 +69,14 @@ class Heads:
     scale: float
     rope: Rope | None = None
     window: int | None = None
+    chunked: bool = False
     bias: bool = False
     out_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: QKNorm | None = None
+    value_norm: bool = False
+    shared_values: bool = False
+    clip: float | None = None
+    temperature: Temperature | None = None
     sinks: bool = False
     gated: bool = False
 
@@ -48,6 +85,25 @@ class Heads:
             raise ValueError(
                 f"config: {self.heads} attention heads cannot share {self.kv_heads} key-value heads"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Index:
+    """Which keys a query attends to: those of the `top_k` greatest index scores (arXiv 2512.02556).
+
+        score_ts = sum_h w_th relu(q_th . k_s / sqrt(dim)) / sqrt(heads)
+
+    Attributes:
+      heads: of index queries, which come from the queries' latent; they share one key a token.
+      dim: features of a head, of which the first are rotated as those of the attention.
+      top_k: keys of a query.
+      interleaved: as in `Rope`, for index queries and keys.
+    """
+
+    heads: int
+    dim: int
+    top_k: int
+    interleaved: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +119,8 @@ class Latent:
       scale: multiplies the scores.
       rope: of the `rope.dim` rotated features of a head; their key is shared by all heads.
       bias: whether the two projections into latents and the output have a bias.
+      temperature: as in `Heads`.
+      index: chooses keys, None for all.
     """
 
     heads: int
@@ -72,6 +130,21 @@ class Latent:
     value_dim: int
     scale: float
     rope: Rope
+    bias: bool = False
+    temperature: Temperature | None = None
+    index: Index | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convolution:
+    """A short gated convolution: ``c * conv(b * x)`` of three projections b, c and x of a token.
+
+    Attributes:
+      kernel: taps of the causal convolution over each feature.
+      bias: whether projections and convolution have biases.
+    """
+
+    kernel: int
     bias: bool = False
 
 
@@ -122,10 +195,17 @@ class Activation:
 
 @dataclass(frozen=True, kw_only=True)
 class Dense:
-    """A gated network for every token: ``down(act(gate(x), up(x)))``; `width` hidden features."""
+    """A gated network for every token: ``down(act(gate(x), up(x)))``.
+
+    Attributes:
+      width: hidden features.
+      activation: see `Activation`.
+      bias: whether the three projections have biases.
+    """
 
     width: int
     activation: Activation = Activation()
+    bias: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,9 +218,15 @@ class Routing:
       bias: whether the router's logits have one.
       correction: whether a learned bias is added to scores for choosing, not for weighing.
       groups: experts lie in so many groups, of which the best are kept.
-      groups_kept: how many groups; a group's score is the sum of its best two.
+      groups_kept: how many groups.
+      group_best: a group's score is the sum of so many best ones of its own.
       normalise: whether chosen weights are divided by their sum.
+      floor: added to that sum.
       scale: multiplies the weights.
+      expert_scale: whether each expert has a learned factor on its weights.
+      norm: whether the router sees what the block's norm is of, at unit length times a learned
+        scale, instead of what that norm gives.
+      inputs: whether weights multiply what goes into experts, not what comes out of them.
     """
 
     top_k: int
@@ -149,8 +235,13 @@ class Routing:
     correction: bool = False
     groups: int = 1
     groups_kept: int = 1
+    group_best: int = 2
     normalise: bool = True
+    floor: float = 1e-20
     scale: float = 1.0
+    expert_scale: bool = False
+    norm: bool = False
+    inputs: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +256,8 @@ class Routed:
       bias: whether the experts' three projections have biases.
       shared: hidden features of the shared expert, 0 for none.
       shared_gate: whether its output is multiplied by the sigmoid of a gate.
+      apart: whether experts have a norm of their own of what the block's norm is of, and what they
+        and the shared expert give is normalised before it is added.
     """
 
     experts: int
@@ -174,6 +267,7 @@ class Routed:
     bias: bool = False
     shared: int = 0
     shared_gate: bool = False
+    apart: bool = False
 
     def __post_init__(self):
         if self.routing.top_k > self.experts:
@@ -186,17 +280,22 @@ class Routed:
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """One layer: a mixer of tokens and a network, each normalised before and added back.
+    """One layer: a mixer of tokens and a network, each added back to what it is given.
 
     Attributes:
       mixer: of tokens.
       block: the network.
-      sandwich: whether what mixer and network give is normalised too, before it is added.
+      norms: of what goes into each of them, "before", of what comes out of them, "after", or
+        "both".
+      residual: multiplies what comes out of them.
+      scaled: whether the layer's output is multiplied by a learned number.
     """
 
-    mixer: Heads | Latent | Delta
+    mixer: Heads | Latent | Convolution | Delta
     block: Dense | Routed
-    sandwich: bool = False
+    norms: str = "before"
+    residual: float = 1.0
+    scaled: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,6 +317,7 @@ class Decoder:
       max_position_embeddings: positions that it was made for.
       norm_eps: of every norm of tokens.
       embedding_scale: multiplies embeddings.
+      logit_scale: multiplies logits.
       logit_cap: bounds logits z to ``logit_cap tanh(z / logit_cap)``, None for no bound.
       tied: whether the head is the embedding.
       eos_token_ids: tokens that end a text.
@@ -229,6 +329,7 @@ class Decoder:
     max_position_embeddings: int
     norm_eps: float = 1e-6
     embedding_scale: float = 1.0
+    logit_scale: float = 1.0
     logit_cap: float | None = None
     tied: bool = False
     eos_token_ids: tuple[int, ...] = ()

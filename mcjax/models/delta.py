@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,19 +10,8 @@ import jax.numpy as jnp
 from mcjax.models.attention import Context
 from mcjax.models.decoder import Delta
 from mcjax.models.norms import rms_norm
+from mcjax.models.recurrent import Recurrent, convolve
 from mcjax.ops import dot
-
-
-class Recurrent(NamedTuple):
-    """What past tokens left, stacked over layers.
-
-    Attributes:
-      inputs: [R, B, kernel - 1, channels], the last ones, before their convolution.
-      state: float32 [R, B, value_heads, key_dim, value_dim].
-    """
-
-    inputs: jax.Array
-    state: jax.Array
 
 
 def delta(
@@ -30,7 +19,7 @@ def delta(
     weights: Any,
     x: jax.Array,
     context: Context,
-    cache: Recurrent | None,
+    cache: Any,
     eps: float,
     act_bits: int | None,
 ) -> tuple[jax.Array, Recurrent | None, dict[str, jax.Array]]:
@@ -54,17 +43,12 @@ def delta(
     inputs = jnp.concatenate([y.reshape(batch, length, -1) for y in (q, k, v)], axis=-1)
 
     if cache is None:
-        before = jnp.zeros((batch, spec.kernel - 1, spec.channels), x.dtype)
         state = jnp.zeros((batch, vh, dk, dv), jnp.float32)
     else:
-        before, state = (stack[context.repeat] for stack in cache)
-    inputs = jnp.concatenate([before.astype(x.dtype), inputs], axis=1)
-    taps = weights["conv"].astype(x.dtype)
-    convolved = sum(
-        inputs[:, i : i + length] * taps[:, i].reshape(1, 1, -1) for i in range(spec.kernel)
-    )
-    convolved = jax.nn.silu(jnp.asarray(convolved)).astype(jnp.float32)
-    q, k, v = jnp.split(convolved, [kh * dk, 2 * kh * dk], axis=-1)
+        state = cache.state[context.repeat]
+    convolved = convolve(inputs, weights["conv"], context, cache)
+    qkv = jax.nn.silu(convolved.output).astype(jnp.float32)
+    q, k, v = jnp.split(qkv, [kh * dk, 2 * kh * dk], axis=-1)
     q, k = (_unit(y.reshape(batch, length, kh, dk)) for y in (q, k))
     q, k = (jnp.repeat(y, each, axis=2) for y in (q * dk**-0.5, k))
     v = v.reshape(batch, length, vh, dv)
@@ -92,18 +76,15 @@ def delta(
     out = out * jax.nn.silu(z.reshape(batch, length, vh, dv).astype(jnp.float32)).astype(x.dtype)
     out = out.reshape(batch, length, -1)
     if cache is not None:
-        last = jnp.full(batch, length) if context.length is None else context.length
-        kept = last[:, None] + jnp.arange(spec.kernel - 1)[None]
-        kept = jnp.take_along_axis(inputs, kept[..., None], axis=1)
+        kept = convolved.inputs.astype(cache.inputs.dtype)
         cache = Recurrent(
-            cache.inputs.at[context.repeat].set(kept.astype(cache.inputs.dtype)),
+            cache.inputs.at[context.repeat].set(kept),
             cache.state.at[context.repeat].set(state),
         )
     y = dot(out, weights["o"], act_bits)
     seen: dict[str, Any] = {"mixer_input": x, "mixer_output": out}
     if states is not None:
-        last = jnp.arange(1, length + 1)[:, None] + jnp.arange(spec.kernel - 1)
-        seen["recurrent"] = Recurrent(inputs[:, last], jnp.moveaxis(states, 0, 1))
+        seen["recurrent"] = Recurrent(convolved.every, jnp.moveaxis(states, 0, 1))
     return y, cache, seen
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from mcjax import odp
 from mcjax.models.decoder import Activation, Dense, Routed, Routing
+from mcjax.models.norms import rms_norm
 from mcjax.ops import choice, device, dot, expert_map, expert_rows_dot
 from mcjax.ops.dot import expert_product
 from mcjax.ops.route import route as most_probable
@@ -29,42 +30,51 @@ def activate(spec: Activation, gate: jax.Array, up: jax.Array) -> jax.Array:
     return (up + spec.shift) * act
 
 
-def route(spec: Routing, logits: jax.Array, correction: jax.Array | None = None):
+def route(
+    spec: Routing,
+    logits: jax.Array,
+    correction: jax.Array | None = None,
+    scale: jax.Array | None = None,
+):
     """Each token's experts.
 
     Args:
       spec: of the routing.
       logits: float32 [N, E].
       correction: float32 [E], added to scores for choosing.
+      scale: float32 [E], of each expert's weights.
 
     Returns:
       Weights float32 [N, K], descending, and experts int32 [N, K].
     """
-    if spec.score == "softmax" and spec.normalise and correction is None and spec.groups == 1:
+    plain = correction is None and scale is None and spec.groups == 1
+    if spec.score == "softmax" and spec.normalise and plain:
         weights, index = most_probable(logits, spec.top_k)
         return weights * spec.scale, index
     score = jax.nn.softmax(logits, axis=-1) if spec.score == "softmax" else jax.nn.sigmoid(logits)
     chosen_by = score if correction is None else score + correction.reshape(1, -1)
     if spec.groups > 1:
         grouped = chosen_by.reshape(*logits.shape[:1], spec.groups, -1)
-        best = jnp.sum(jax.lax.top_k(grouped, 2)[0], axis=-1)
+        best = jnp.sum(jax.lax.top_k(grouped, spec.group_best)[0], axis=-1)
         kept = jax.lax.top_k(best, spec.groups_kept)[1]
         kept = jnp.any(kept[..., None] == jnp.arange(spec.groups), axis=1)
         chosen_by = jnp.where(kept[..., None], grouped, -jnp.inf).reshape(logits.shape)
     _, index = jax.lax.top_k(chosen_by, spec.top_k)
     weights = jnp.take_along_axis(score, index, axis=-1)
-    if correction is not None:
+    if spec.normalise:
+        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + spec.floor)
+    if scale is not None:
+        weights = weights * scale.astype(jnp.float32)[index]
+    if correction is not None or scale is not None:
         order = jnp.argsort(-weights, axis=-1, stable=True)
         weights = jnp.take_along_axis(weights, order, axis=-1)
         index = jnp.take_along_axis(index, order, axis=-1)
-    if spec.normalise:
-        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
     return weights * spec.scale, index
 
 
 def dense(spec: Dense, weights: Any, x: jax.Array, act_bits: int | None):
     """The network of every token, x [B, T, D] to [B, T, D] and taps."""
-    y, hidden = _network(spec.activation, act_bits, weights, x)
+    y, hidden = one_expert(spec.activation, weights, x, act_bits)
     return y, {"block_input": x, "block_hidden": hidden}
 
 
@@ -74,6 +84,8 @@ def routed(
     x: jax.Array,
     act_bits: int | None,
     protected: Callable[[], jax.Array] | None = None,
+    before: jax.Array | None = None,
+    eps: float = 1e-6,
 ):
     """The weighted sum of each token's experts and what all share, x [B, T, D] to [B, T, D].
 
@@ -85,14 +97,23 @@ def routed(
       x: [B, T, D].
       act_bits: as in `mcjax.dot`.
       protected: gives bool [B, T], tokens that keep all their experts; None for none.
+      before: [B, T, D], what x is normalised from, for norms of the router's and the experts' own.
+      eps: of those norms.
 
     Returns:
-      [B, T, D] and taps: `block_input`; of each token `experts` [N, K], `weights` [N, K], `router`
-      logits [N, E] and, if experts are skipped, `keep` [N, K].
+      [B, T, D] and taps: `expert_input` [N, D]; of each token `experts` [N, K], `weights` [N, K],
+      `router` logits [N, E] and, if experts are skipped, `keep` [N, K]; `experts_output` [N, D].
     """
     tokens = x.reshape(-1, x.shape[-1])
-    logits, shares, index = chosen(spec, weights, tokens)
-    taps = {"block_input": x, "experts": index, "weights": shares, "router": logits}
+
+    def own_norm(name):
+        return rms_norm(jnp.asarray(before).reshape(tokens.shape), weights[name], eps)
+
+    unit = x.shape[-1] ** -0.5
+    of_router = own_norm("router_norm") * unit if spec.routing.norm else tokens
+    logits, shares, index = chosen(spec, weights, of_router)
+    inputs = own_norm("experts_norm") if spec.apart else tokens
+    taps = {"expert_input": inputs, "experts": index, "weights": shares, "router": logits}
     keep, rest = None, None
     if "threshold" in weights:
         marked = None if protected is None else protected().reshape(-1)
@@ -107,17 +128,25 @@ def routed(
         else:
             shares = odp.renormalize(shares, keep)
     flat = None if keep is None else keep.reshape(-1)
-    y = apply_experts(spec, weights["experts"], tokens, index.reshape(-1), flat, act_bits)
-    y = y.reshape(*index.shape, -1) * shares[..., None].astype(x.dtype)
-    y = jnp.sum(y, axis=1)
+    factor = shares[..., None].astype(x.dtype)
+    if spec.routing.inputs:
+        inputs, factor = (inputs[:, None] * factor).reshape(-1, x.shape[-1]), 1
+    y = apply_experts(spec, weights["experts"], inputs, index.reshape(-1), flat, act_bits)
+    y = jnp.sum(y.reshape(*index.shape, -1) * factor, axis=1)
     y = y if rest is None else y + rest
+    taps["experts_output"] = y
+    if spec.apart:
+        y = rms_norm(y, weights["experts_after"], eps)
     if spec.shared:
-        shared, taps["shared_hidden"] = _network(
-            spec.activation, act_bits, weights["shared"], tokens
+        taps["shared_input"] = tokens
+        shared, taps["shared_hidden"] = one_expert(
+            spec.activation, weights["shared"], tokens, act_bits
         )
         if spec.shared_gate:
             gate = jnp.dot(tokens, weights["shared_gate"].astype(x.dtype))
             shared = shared * jax.nn.sigmoid(gate)
+        if spec.apart:
+            shared = rms_norm(shared, weights["shared_after"], eps)
         y = y + shared
     return y.reshape(x.shape), taps
 
@@ -127,7 +156,8 @@ def chosen(spec: Routed, weights: Any, tokens: jax.Array):
     logits = jnp.dot(tokens, weights["router"].astype(tokens.dtype)).astype(jnp.float32)
     if spec.routing.bias:
         logits = logits + weights["router_bias"].astype(jnp.float32).reshape(1, -1)
-    return logits, *route(spec.routing, logits, weights.get("correction"))
+    correction, scale = weights.get("correction"), weights.get("expert_scale")
+    return logits, *route(spec.routing, logits, correction, scale)
 
 
 def apply_experts(
@@ -181,12 +211,6 @@ def apply_experts(
     return expert_map(function, tuple(weights[n] for n in names), rows, index, keep, block)
 
 
-def _network(activation, act_bits, weights, x):
-    multiply = partial(dot, x, act_bits=act_bits)
-    hidden = activate(activation, multiply(weights["gate"]), multiply(weights["up"]))
-    return dot(hidden, weights["down"], act_bits), hidden
-
-
 def one_expert(
     activation: Activation,
     weights: Mapping[str, Any],
@@ -194,12 +218,12 @@ def one_expert(
     act_bits: int | None = None,
     product: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """What a gated network of its own weights makes of x [N, D]: [N, D], and what down sees."""
+    """What a gated network of its own weights makes of x [..., D]: that, and what down sees."""
 
     def multiply(name, x):
         y = dot(x, weights[name], act_bits, product)
         bias = weights.get(f"{name}_bias")
-        return y if bias is None else y + bias.astype(y.dtype).reshape(1, -1)
+        return y if bias is None else y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
 
     hidden = activate(activation, multiply("gate", x), multiply("up", x))
     return multiply("down", hidden), hidden

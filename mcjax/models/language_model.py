@@ -14,9 +14,10 @@ from jax.sharding import PartitionSpec
 from mcjax import odp
 from mcjax.models import experts, weights
 from mcjax.models.attention import DRAFTED, Context, KeyValues, Latents, heads, latent
-from mcjax.models.decoder import Decoder, Delta, Dense, Heads, Latent, Layer
-from mcjax.models.delta import Recurrent, delta
+from mcjax.models.decoder import Convolution, Decoder, Delta, Dense, Heads, Latent, Layer
+from mcjax.models.delta import delta
 from mcjax.models.norms import rms_norm
+from mcjax.models.recurrent import Recurrent, convolution
 from mcjax.models.rope import STRETCHED
 from mcjax.ops import narrow_dot
 from mcjax.ops.linear import automatic
@@ -25,7 +26,12 @@ SOWN = ("router", "experts", "keep", "recurrent")
 """Taps that come back as collections of their names: logits of routers, the
 experts that they chose, what pruning kept, and recurrent states after every token."""
 
-_MIXERS: dict[type, Any] = {Heads: heads, Latent: latent, Delta: delta}
+_MIXERS: dict[type, Any] = {
+    Heads: heads,
+    Latent: latent,
+    Convolution: convolution,
+    Delta: delta,
+}
 
 
 def run_layer(
@@ -51,17 +57,23 @@ def run_layer(
     Returns:
       [B, T, D], the cache with these tokens in it, and taps: what each product saw, by name.
     """
-    h = rms_norm(x, own["mixer_norm"], eps)
+
+    def normed(name, x):
+        return rms_norm(x, own[name], eps) if name in own else x
+
+    h = normed("mixer_norm", x)
     mixer = _MIXERS[type(spec.mixer)]
     y, cache, taps = mixer(spec.mixer, own["mixer"], h, context, cache, eps, act_bits)
-    x = x + (rms_norm(y, own["mixer_after"], eps) if spec.sandwich else y)
-    h = rms_norm(x, own["block_norm"], eps)
+    x = x + spec.residual * normed("mixer_after", y)
+    h = normed("block_norm", x)
     if isinstance(spec.block, Dense):
         y, more = experts.dense(spec.block, own["block"], h, act_bits)
     else:
         protected = None if context.decoding else partial(_protected, x, context, taps)
-        y, more = experts.routed(spec.block, own["block"], h, act_bits, protected)
-    x = x + (rms_norm(y, own["block_after"], eps) if spec.sandwich else y)
+        y, more = experts.routed(spec.block, own["block"], h, act_bits, protected, x, eps)
+    x = x + spec.residual * normed("block_after", y)
+    if spec.scaled:
+        x = x * own["scale"].astype(x.dtype).reshape(1, 1, 1)
     return x, cache, {**taps, **more}
 
 
@@ -150,6 +162,8 @@ def _forward(decoder, params, tokens, positions, cache, length, only, *, dtype, 
     x = rms_norm(x, params["norm"], decoder.norm_eps)
     head = params["embedding" if decoder.tied else "head"]
     logits = narrow_dot(x.reshape(-1, decoder.width), head).reshape(*x.shape[:-1], -1)
+    if decoder.logit_scale != 1:
+        logits = logits * decoder.logit_scale
     if decoder.logit_cap is not None:
         logits = decoder.logit_cap * jnp.tanh(logits / decoder.logit_cap)
     return logits, cache, tapped
@@ -170,8 +184,12 @@ def empty_cache(decoder: Decoder, batch: int, length: int, dtype: Any = jnp.floa
         if isinstance(mixer, Latent):
             room = (repeats, batch, length)
             return Latents(
-                jnp.zeros((*room, mixer.rank), dtype), jnp.zeros((*room, mixer.rope.dim), dtype)
+                jnp.zeros((*room, mixer.rank), dtype),
+                jnp.zeros((*room, mixer.rope.dim), dtype),
+                None if mixer.index is None else jnp.zeros((*room, mixer.index.dim), dtype),
             )
+        if isinstance(mixer, Convolution):
+            return Recurrent(jnp.zeros((repeats, batch, mixer.kernel - 1, decoder.width), dtype))
         inputs = (repeats, batch, mixer.kernel - 1, mixer.channels)
         state = (repeats, batch, mixer.value_heads, mixer.key_dim, mixer.value_dim)
         return Recurrent(jnp.zeros(inputs, dtype), jnp.zeros(state, jnp.float32))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,7 @@ class RopeConfig:
     truncate: bool = True
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
+    partial_rotary_factor: float = 1.0
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
 
@@ -112,6 +113,10 @@ def inverse_frequencies(own: Rope, length: int) -> tuple[np.ndarray, float]:
         return _yarn(own, frequencies)
     if rope.rope_type == "llama3":
         return _llama3(own, frequencies), 1.0
+    if rope.rope_type == "proportional":
+        turning = int(rope.partial_rotary_factor * dim // 2)
+        still = np.arange(dim // 2) >= turning  # whose partners lie half a head away all the same
+        return np.where(still, np.float32(0), frequencies / np.float32(rope.factor)), 1.0
     if rope.rope_type == "longrope":
         return _longrope(own, frequencies, length)
     return frequencies, 1.0

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mcjax.bitplane import BitPlanes, MixedPlanes
-from mcjax.models.decoder import Decoder, Delta, Dense, Heads, Latent, Layer, Routed
+from mcjax.models.decoder import Convolution, Decoder, Delta, Dense, Heads, Latent, Layer, Routed
 
 _normal = nn.initializers.normal(0.02)
 _ones, _zeros = nn.initializers.ones, nn.initializers.zeros
@@ -70,25 +70,29 @@ def roles(layer: Layer, width: int) -> Iterator[Role]:
     def norm(path, size=width):
         return vector(path, size, start=_ones)
 
-    yield norm("mixer_norm")
-    yield norm("block_norm")
-    if layer.sandwich:
+    if layer.norms in ("before", "both"):
+        yield norm("mixer_norm")
+        yield norm("block_norm")
+    if layer.norms in ("after", "both"):
         yield norm("mixer_after")
         yield norm("block_after")
+    if layer.scaled:
+        yield norm("scale", 1)
 
     m = layer.mixer
     if isinstance(m, Heads):
         queries = m.heads * m.head_dim * (2 if m.gated else 1)
-        qkv = queries + 2 * m.kv_heads * m.head_dim
+        qkv = queries + (1 if m.shared_values else 2) * m.kv_heads * m.head_dim
         yield matrix("mixer.qkv", "mixer_input", width, qkv)
         yield matrix("mixer.o", "mixer_output", m.heads * m.head_dim, width)
         if m.bias:
             yield vector("mixer.qkv_bias", qkv)
         if m.out_bias:
             yield vector("mixer.o_bias", width)
-        if m.qk_norm:
-            yield norm("mixer.q_norm", m.head_dim)
-            yield norm("mixer.k_norm", m.head_dim)
+        if m.qk_norm is not None and m.qk_norm.scale:
+            each = m.qk_norm.over == "head"
+            yield norm("mixer.q_norm", (1 if each else m.heads) * m.head_dim)
+            yield norm("mixer.k_norm", (1 if each else m.kv_heads) * m.head_dim)
         if m.sinks:
             yield vector("mixer.sinks", m.heads)
     elif isinstance(m, Latent):
@@ -108,6 +112,21 @@ def roles(layer: Layer, width: int) -> Iterator[Role]:
                 yield vector("mixer.q_a_bias", m.query_rank)
             yield vector("mixer.kv_a_bias", m.rank + m.rope.dim)
             yield vector("mixer.o_bias", width)
+        if m.index is not None:
+            index = m.index.heads * m.index.dim
+            yield matrix("mixer.index_q", "query_latent", m.query_rank, index)
+            yield matrix("mixer.index_k", "mixer_input", width, m.index.dim)
+            yield norm("mixer.index_norm", m.index.dim)
+            yield vector("mixer.index_norm_bias", m.index.dim)
+            yield vector("mixer.index_weight", width, m.index.heads, start=_normal)
+    elif isinstance(m, Convolution):
+        yield matrix("mixer.bcx", "mixer_input", width, 3 * width)
+        yield vector("mixer.conv", width, m.kernel, start=_normal)
+        yield matrix("mixer.o", "mixer_output", width, width)
+        if m.bias:
+            yield vector("mixer.bcx_bias", 3 * width)
+            yield vector("mixer.conv_bias", width)
+            yield vector("mixer.o_bias", width)
     elif isinstance(m, Delta):
         values = m.value_heads * m.value_dim
         yield matrix("mixer.qkvz", "mixer_input", width, m.channels + values)
@@ -120,28 +139,42 @@ def roles(layer: Layer, width: int) -> Iterator[Role]:
 
     b = layer.block
     if isinstance(b, Dense):
-        yield from _gated(matrix, "block", "block_hidden", (), width, b.width)
+        yield from _gated(matrix, "block", "block", (), width, b.width)
+        if b.bias:
+            yield from _biases(vector, "block", (), width, b.width)
         return
     yield vector("block.router", width, b.experts, start=nn.initializers.lecun_normal())
     if b.routing.bias:
         yield vector("block.router_bias", b.experts)
     if b.routing.correction:
         yield vector("block.correction", b.experts)
-    yield from _gated(matrix, "block.experts", "expert_hidden", (b.experts,), width, b.width)
+    if b.routing.expert_scale:
+        yield norm("block.expert_scale", b.experts)
+    if b.routing.norm:
+        yield norm("block.router_norm")
+    yield from _gated(matrix, "block.experts", "expert", (b.experts,), width, b.width)
     if b.bias:
-        yield vector("block.experts.gate_bias", b.experts, b.width)
-        yield vector("block.experts.up_bias", b.experts, b.width)
-        yield vector("block.experts.down_bias", b.experts, width)
+        yield from _biases(vector, "block.experts", (b.experts,), width, b.width)
     if b.shared:
-        yield from _gated(matrix, "block.shared", "shared_hidden", (), width, b.shared)
+        yield from _gated(matrix, "block.shared", "shared", (), width, b.shared)
+    if b.apart:
+        yield norm("block.experts_norm")
+        yield norm("block.experts_after")
+        yield norm("block.shared_after")
     if b.shared_gate:
         yield vector("block.shared_gate", width, 1, start=nn.initializers.lecun_normal())
 
 
-def _gated(matrix, path, hidden_tap, batch, width, hidden) -> Iterator[Role]:
-    yield matrix(f"{path}.gate", "block_input", *batch, width, hidden)
-    yield matrix(f"{path}.up", "block_input", *batch, width, hidden)
-    yield matrix(f"{path}.down", hidden_tap, *batch, hidden, width)
+def _gated(matrix, path, tap, batch, width, hidden) -> Iterator[Role]:
+    yield matrix(f"{path}.gate", f"{tap}_input", *batch, width, hidden)
+    yield matrix(f"{path}.up", f"{tap}_input", *batch, width, hidden)
+    yield matrix(f"{path}.down", f"{tap}_hidden", *batch, hidden, width)
+
+
+def _biases(vector, path, batch, width, hidden) -> Iterator[Role]:
+    yield vector(f"{path}.gate_bias", *batch, hidden)
+    yield vector(f"{path}.up_bias", *batch, hidden)
+    yield vector(f"{path}.down_bias", *batch, width)
 
 
 def rest(decoder: Decoder) -> Iterator[Role]:

@@ -1,8 +1,9 @@
 """Families of models, a page each: what a config describes, and which tensor is which weight.
 
-A page has `MODEL_TYPES`, `decoder(fields)`, `outside(decoder)` and `tensors(layer)`. The last two
-list rules of `tensors`; an entry of `tensors(layer)` that is a tuple holds alternative lists, of
-which the first whose tensors are all there is taken.
+A page has `MODEL_TYPES`, `NAME`, `CHECKED` (what its tests compare with the family's module in
+transformers), `decoder(fields)`, `outside(decoder)` and `tensors(layer)`. The last two list rules
+of `tensors`; an entry that is a tuple holds alternative lists, of which the first whose tensors are
+all there is taken.
 """
 
 from __future__ import annotations
@@ -13,10 +14,27 @@ from typing import Any
 
 from mcjax.models.decoder import Decoder
 from mcjax.models.families import (
+    deepseek_v2,
     deepseek_v3,
+    deepseek_v32,
+    dots1,
+    ernie4_5_moe,
+    exaone_moe,
     gemma3,
+    gemma4,
+    glm4_moe,
     gpt_oss,
+    granite,
+    hunyuan_moe,
+    lfm2_moe,
+    llama,
+    llama4,
+    minimax_m2,
+    mistral4,
     mixtral,
+    olmo,
+    qwen2_moe,
+    qwen3,
     qwen3_moe,
     qwen3_next,
 )
@@ -24,14 +42,38 @@ from mcjax.models.families.fields import Fields
 
 PAGES: dict[str, ModuleType] = {
     name: page
-    for page in (mixtral, qwen3_moe, deepseek_v3, gpt_oss, gemma3, qwen3_next)
+    for page in (
+        mixtral,
+        qwen3_moe,
+        qwen2_moe,
+        qwen3_next,
+        deepseek_v3,
+        deepseek_v2,
+        deepseek_v32,
+        glm4_moe,
+        minimax_m2,
+        mistral4,
+        gpt_oss,
+        llama4,
+        gemma4,
+        lfm2_moe,
+        olmo,
+        ernie4_5_moe,
+        granite,
+        exaone_moe,
+        hunyuan_moe,
+        dots1,
+        llama,
+        qwen3,
+        gemma3,
+    )
     for name in page.MODEL_TYPES
 }
 
 
-def families() -> tuple[str, ...]:
-    """The `model_type`s that are known."""
-    return tuple(PAGES)
+def families() -> dict[str, str]:
+    """The `model_type`s that are known, each with what of it was compared with the reference."""
+    return {kind: f"{page.NAME}: {page.CHECKED}" for kind, page in PAGES.items()}
 
 
 def describe(config: Mapping[str, Any]) -> tuple[ModuleType, Decoder]:
@@ -48,7 +90,7 @@ def describe(config: Mapping[str, Any]) -> tuple[ModuleType, Decoder]:
                 inner[name] = config[name]
         return describe(inner)
     if kind not in PAGES:
-        raise ValueError(f"config: model_type {kind!r} is not supported; {families()} are")
+        raise ValueError(f"config: model_type {kind!r} is not supported; {', '.join(PAGES)} are")
     fields = Fields(config)
     try:
         decoder = PAGES[kind].decoder(fields)

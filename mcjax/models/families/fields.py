@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mcjax.models.rope import ROPE_TYPES, Rope, RopeConfig
@@ -24,6 +24,7 @@ HARMLESS = frozenset(
         "chunk_size_feed_forward",
         "decoder_start_token_id",
         "dtype",
+        "eod_token_id",
         "ep_size",
         "experts_implementation",
         "head_dim",
@@ -118,6 +119,25 @@ class Fields:
         value = self.get(name, allowed[0])
         if value not in allowed:
             raise ValueError(f"config: {name} {value!r} is not supported; {allowed} are")
+
+    def rotated(self, head_dim: int, share: float = 1.0) -> int:
+        """How many features of a head are rotated; `share` where the config does not say."""
+        given = self.get("rope_parameters", None) or self.get("rope_scaling", None) or {}
+        if self.get("rotary_dim", None) is not None:
+            share = self.size("rotary_dim") / head_dim
+        share = self.number("partial_rotary_factor", given.get("partial_rotary_factor", share))
+        return int(head_dim * share)
+
+    def layer_types(self, usual: Sequence[str]) -> Sequence[str]:
+        """The type of each layer, `usual` where the config does not say.
+
+        Raises:
+          ValueError: if they are not one for each layer, or not of the types that `usual` has.
+        """
+        types = self.get("layer_types", usual)
+        if len(types) != len(usual):
+            raise ValueError(f"config: {len(types)} layer_types for {len(usual)} layers")
+        return types
 
     def eos(self) -> tuple[int, ...]:
         """The tokens that end a text."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from mcjax.models.decoder import Activation, Decoder, Dense, Heads, Layer
+from mcjax.models.decoder import Activation, Decoder, Dense, Heads, Layer, QKNorm
 from mcjax.models.families import shared
 from mcjax.models.families.fields import Fields
 from mcjax.models.families.tensors import gated, plus_one
 
 MODEL_TYPES = ("gemma3_text",)
+NAME = "Gemma 3 (text)"
+CHECKED = "two bases of the rotation, windows, caps of logits, inside its wrapper"
 
 
 def decoder(fields: Fields) -> Decoder:
@@ -39,10 +41,10 @@ def decoder(fields: Fields) -> Decoder:
                 window=window if kind == "sliding_attention" else None,
                 bias=bias,
                 out_bias=bias,
-                qk_norm=True,
+                qk_norm=QKNorm(),
             ),
             block=block,
-            sandwich=True,
+            norms="both",
         )
         for kind in fields.get("layer_types", usual)
     ]

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from mcjax.models.decoder import Activation, Decoder, Heads, Layer, Routed, Routing
+from dataclasses import replace
+
+from mcjax.models.decoder import Activation, Decoder, Layer, Routed, Routing
 from mcjax.models.families import shared
 from mcjax.models.families.fields import Fields
 from mcjax.models.families.tensors import interleaved, keep, linear
 
 MODEL_TYPES = ("gpt_oss",)
+NAME = "gpt-oss"
+CHECKED = "sinks, windows, yarn, limits of the activation; MXFP4"
 
 
 def decoder(fields: Fields) -> Decoder:
     """Describes a gpt-oss from its config."""
     fields.only("hidden_act", "silu")
-    width, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
-    head_dim, count = fields.size("head_dim", width // heads), fields.size("num_hidden_layers")
-    window, bias = fields.window(), fields.flag("attention_bias", True)
-    rope = fields.rope(head_dim, theta=150000.0)
+    count, window = fields.size("num_hidden_layers"), fields.window()
+    bias = fields.flag("attention_bias", True)
+    mixer = shared.heads(fields, theta=150000.0, bias=bias, out_bias=bias, sinks=True)
+    mixers = {"sliding_attention": replace(mixer, window=window), "full_attention": mixer}
     top_k = fields.size("num_experts_per_tok", fields.get("experts_per_token", None))
     block = Routed(
         experts=fields.size("num_local_experts"),
@@ -30,23 +34,7 @@ def decoder(fields: Fields) -> Decoder:
         bias=True,
     )
     usual = ["full_attention" if i % 2 else "sliding_attention" for i in range(count)]
-    layers = [
-        Layer(
-            mixer=Heads(
-                heads=heads,
-                kv_heads=fields.size("num_key_value_heads", heads),
-                head_dim=head_dim,
-                scale=head_dim**-0.5,
-                rope=rope,
-                window=window if kind == "sliding_attention" else None,
-                bias=bias,
-                out_bias=bias,
-                sinks=True,
-            ),
-            block=block,
-        )
-        for kind in fields.get("layer_types", usual)
-    ]
+    layers = [Layer(mixer=mixers[kind], block=block) for kind in fields.layer_types(usual)]
     return shared.model(fields, layers, norm_eps=1e-5)
 
 

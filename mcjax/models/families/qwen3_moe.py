@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-from mcjax.models.decoder import Decoder, Dense, Heads, Layer, Routed, Routing
+from mcjax.models.decoder import Decoder, Dense, Layer, QKNorm, Routed, Routing
 from mcjax.models.families import shared
 from mcjax.models.families.fields import Fields
 from mcjax.models.families.tensors import experts, gated, linear
 
 MODEL_TYPES = ("qwen3_moe",)
+NAME = "Qwen3-MoE"
+CHECKED = "routing normalised or not, top-1, biases, windows, dense layers between"
 
 
 def decoder(fields: Fields) -> Decoder:
     """Describes a Qwen3-MoE from its config."""
     fields.only("hidden_act", "silu")
-    width, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
-    head_dim = fields.size("head_dim", width // heads)
-    bias = fields.flag("attention_bias")
     window = fields.window() if fields.flag("use_sliding_window") else None
     fields.get("sliding_window", None)
     fields.get("max_window_layers", None)
-    mixer = Heads(
-        heads=heads,
-        kv_heads=fields.size("num_key_value_heads", heads),
-        head_dim=head_dim,
-        scale=head_dim**-0.5,
-        rope=fields.rope(head_dim),
-        window=window,
-        bias=bias,
-        out_bias=bias,
-        qk_norm=True,
-    )
+    mixer = shared.heads(fields, window=window, qk_norm=QKNorm(), **shared.both_biases(fields))
     routed = Routed(
         experts=fields.size("num_experts", fields.get("num_local_experts", None)),
         width=fields.size("moe_intermediate_size"),

@@ -1,4 +1,4 @@
-"""Qwen3-Next: three layers of the gated delta rule, then one of gated attention."""
+"""Qwen3-Next and Qwen3.5-MoE: three layers of the gated delta rule, then one of gated attention."""
 
 from __future__ import annotations
 
@@ -10,35 +10,33 @@ from mcjax.models.decoder import (
     Dense,
     Heads,
     Layer,
+    QKNorm,
     Routed,
     Routing,
 )
 from mcjax.models.families import shared
 from mcjax.models.families.fields import Fields
-from mcjax.models.families.tensors import experts, gated, keep, linear, plus_one, reshaped
+from mcjax.models.families.tensors import by_head, experts, gated, keep, linear, plus_one, squeezed
 
-MODEL_TYPES = ("qwen3_next",)
+MODEL_TYPES = ("qwen3_next", "qwen3_5_moe_text")
+NAME = "Qwen3-Next, Qwen3.5-MoE (text)"
+CHECKED = (
+    "gated delta rule and gated attention in turns and mixed, both layouts of projections, "
+    "partial rotation"
+)
 
 
 def decoder(fields: Fields) -> Decoder:
     """Describes a Qwen3-Next from its config."""
     fields.only("hidden_act", "silu")
-    width, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
-    head_dim, count = fields.size("head_dim", width // heads), fields.size("num_hidden_layers")
-    given = fields.get("rope_parameters", None) or {}
-    partial = fields.number("partial_rotary_factor", given.get("partial_rotary_factor", 0.25))
-    bias = fields.flag("attention_bias")
+    count = fields.size("num_hidden_layers")
     mixers: dict[str, Any] = {
-        "full_attention": Heads(
-            heads=heads,
-            kv_heads=fields.size("num_key_value_heads", heads),
-            head_dim=head_dim,
-            scale=head_dim**-0.5,
-            rope=fields.rope(int(head_dim * partial)),
-            bias=bias,
-            out_bias=bias,
-            qk_norm=True,
+        "full_attention": shared.heads(
+            fields,
+            share=0.25,
+            qk_norm=QKNorm(),
             gated=True,
+            **shared.both_biases(fields),
         ),
         "linear_attention": Delta(
             key_heads=fields.size("linear_num_key_heads"),
@@ -60,7 +58,7 @@ def decoder(fields: Fields) -> Decoder:
         shared=fields.size("shared_expert_intermediate_size"),
         shared_gate=True,
     )
-    dense = Dense(width=fields.size("intermediate_size"))
+    dense = Dense(width=fields.size("intermediate_size", 1))
     step, without = fields.size("decoder_sparse_step", 1), fields.get("mlp_only_layers", ())
     layers = [
         Layer(mixer=mixers[kind], block=dense if i in without or (i + 1) % step else routed)
@@ -82,11 +80,22 @@ def tensors(layer: Layer) -> list:
     if isinstance(m, Heads):
         rules += shared.attention(m, plus_one)
     else:
-        conv = (m.channels, m.kernel), (m.channels, 1, m.kernel)
+        at, each = "linear_attn", m.value_heads // m.key_heads
+        values = each * m.value_dim
+        together = [
+            linear("mixer.qkvz", f"{at}.in_proj_qkvz"),
+            linear("mixer.ba", f"{at}.in_proj_ba"),
+        ]
+        qkv = f"{at}.in_proj_qkv", (m.key_dim, m.key_dim, values)
+        apart = [
+            by_head("mixer.qkvz", m.key_heads, qkv, (f"{at}.in_proj_z", (values,))),
+            by_head(
+                "mixer.ba", m.key_heads, (f"{at}.in_proj_b", (each,)), (f"{at}.in_proj_a", (each,))
+            ),
+        ]
         rules += [
-            linear("mixer.qkvz", "linear_attn.in_proj_qkvz"),
-            linear("mixer.ba", "linear_attn.in_proj_ba"),
-            reshaped("mixer.conv", "linear_attn.conv1d.weight", *conv),
+            (together, apart),
+            squeezed("mixer.conv", "linear_attn.conv1d.weight"),
             keep("mixer.dt_bias", "linear_attn.dt_bias"),
             keep("mixer.decay", "linear_attn.A_log"),
             keep("mixer.norm", "linear_attn.norm.weight"),

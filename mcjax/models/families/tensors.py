@@ -13,6 +13,10 @@ import numpy as np
 
 Arrays = list[np.ndarray]
 
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+NUMBERED = ("w1", "w3", "w2")
+"""Names of a gated network's projections: gate, up, down."""
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -75,13 +79,13 @@ def vectors(path: str, *names: str, sizes: Sequence[int] = ()) -> Rule:
     )
 
 
-def reshaped(path: str, name: str, ours: tuple[int, ...], theirs: tuple[int, ...]) -> Rule:
-    """A tensor that differs in axes of one."""
+def squeezed(path: str, name: str, axis: int = 1) -> Rule:
+    """A tensor with an axis of one that the weight has not."""
     return Rule(
         (path,),
         (name,),
-        lambda tensors: [tensors[0].reshape(ours)],
-        lambda weights: [np.asarray(weights[0]).reshape(theirs)],
+        lambda tensors: [np.squeeze(tensors[0], axis)],
+        lambda weights: [np.expand_dims(weights[0], axis)],
     )
 
 
@@ -109,21 +113,58 @@ def interleaved(first: str, second: str, name: str) -> Rule:
     )
 
 
-def gated(path: str, prefix: str) -> list[Rule]:
+def gated(path: str, prefix: str, names: Sequence[str] = PROJECTIONS) -> list[Rule]:
     """A gated network's three projections; `prefix` may hold `{e}`."""
-    return [linear(f"{path}.{n}", f"{prefix}.{n}_proj") for n in ("gate", "up", "down")]
+    ours = ("gate", "up", "down")
+    return [linear(f"{path}.{o}", f"{prefix}.{n}") for o, n in zip(ours, names, strict=True)]
 
 
-def experts(prefix: str) -> tuple[list[Rule], list[Rule]]:
-    """Experts each with tensors of their own, or fused into two tensors, as transformers 5 can."""
-    at = f"{prefix}.experts"
-    together = [
-        fused("block.experts.gate", "block.experts.up", f"{at}.gate_up_proj", -2, True),
+def gated_biases(path: str, prefix: str) -> list[Rule]:
+    """The biases of a gated network's three projections."""
+    return [keep(f"{path}.{n}_bias", f"{prefix}.{n}_proj.bias") for n in ("gate", "up", "down")]
+
+
+def by_head(path: str, heads: int, *parts: tuple[str, Sequence[int]]) -> Rule:
+    """Tensors of heads one after the other that are one weight, of whose heads each has all parts.
+
+    Args:
+      path: of the weight [D, heads * the sum of all sizes].
+      heads: how many.
+      *parts: for each tensor its name and the features of a head of everything in it, in order.
+    """
+    every = [size for _, sizes in parts for size in sizes]
+
+    def read(tensors):
+        pieces = []
+        for tensor, (_, sizes) in zip(tensors, parts, strict=True):
+            ends = np.cumsum([heads * size for size in sizes])[:-1]
+            pieces += [p.T.reshape(p.shape[1], heads, -1) for p in np.split(tensor, ends)]
+        return [np.concatenate(pieces, axis=-1).reshape(pieces[0].shape[0], -1)]
+
+    def write(weights):
+        weight = np.asarray(weights[0]).reshape(len(weights[0]), heads, -1)
+        pieces = iter(np.split(weight, np.cumsum(every)[:-1], axis=-1))
+        flat = lambda: next(pieces).reshape(len(weight), -1).T  # noqa: E731
+        return [np.concatenate([flat() for _ in sizes]) for _, sizes in parts]
+
+    return Rule((path,), tuple(f"{name}.weight" for name, _ in parts), read, write)
+
+
+def two_in_one(path: str, first: str, last: str) -> list[Rule]:
+    """A gated network's gate and up in one tensor [..., 2 F, D], and down [..., D, F]."""
+    return [
+        fused(f"{path}.gate", f"{path}.up", first, -2, True),
         Rule(
-            ("block.experts.down",),
-            (f"{at}.down_proj",),
+            (f"{path}.down",),
+            (last,),
             lambda tensors: [np.swapaxes(tensors[0], -1, -2)],
             lambda weights: [np.swapaxes(weights[0], -1, -2)],
         ),
     ]
-    return gated("block.experts", at + ".{e}"), together
+
+
+def experts(prefix: str, names: Sequence[str] = PROJECTIONS) -> tuple[list[Rule], list[Rule]]:
+    """Experts each with tensors of their own, or fused into two tensors, as transformers 5 can."""
+    at = f"{prefix}.experts"
+    together = two_in_one("block.experts", f"{at}.gate_up_proj", f"{at}.down_proj")
+    return gated("block.experts", at + ".{e}", names), together
