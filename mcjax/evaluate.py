@@ -14,7 +14,7 @@ import numpy as np
 
 from mcjax import odp, serving, text
 from mcjax.calibrate import observe, pruning_statistics
-from mcjax.hub import Checkpoint, Folder
+from mcjax.hub import Checkpoint, Folder, local
 from mcjax.models import weights
 from mcjax.models.decoder import Decoder, Routed
 from mcjax.models.language_model import embed
@@ -39,16 +39,17 @@ def evaluate(
     """Perplexity on a text file.
 
     Args:
-      path: a Hugging Face folder, or an artifact.
-      text_path: tokenised whole and cut into consecutive windows; the tail is dropped. A token
-        that texts begin with takes the first place of each window.
+      path: an artifact, a Hugging Face folder, or a name on the hub, see `mcjax.hub.local`.
+      text_path: a text, see `mcjax.documents.read_documents`, tokenised whole and cut into
+        consecutive windows; the tail is dropped. A token that texts begin with takes the first
+        place of each window.
       budget: average bits per expert weight, for an artifact.
       bits: one width for every expert, for an artifact.
       seq_len: tokens in a window.
       max_tokens: use only the first windows, up to so many tokens.
       prune: the policy by which `mcjax.odp` skips experts, "affine" or "paper"; None skips none.
       quantile: share of the lower-ranked experts that is skipped on calibration text.
-      calibration: a text file, for pruning in a Hugging Face folder; artifacts carry their own.
+      calibration: a text, for pruning in a Hugging Face folder; artifacts carry their own.
       act_bits: rounds activations to 8 or 16 bits before products with an artifact's planes.
       attention_bits: as in `mcjax.load`, for an artifact.
       bos: whether texts begin with the beginning-of-sequence token, see `mcjax.text.BOS`.
@@ -61,7 +62,7 @@ def evaluate(
     Raises:
       ValueError: for input that cannot be evaluated.
     """
-    path = Path(path)
+    path = local(path)
     if calibration is not None and prune is None:
         raise ValueError("--calibration is for pruning: give --odp too, or leave it out")
     # Before any weight is read, so that a text or a length that will not do is refused at once.
@@ -109,7 +110,8 @@ def evaluate(
 def _calibrated(model, tokenizer, calibration, seq_len, prune, quantile, bos) -> Any:
     """A dense model's parameters with pruning, by statistics of a calibration text."""
     decoder = model.module.decoder
-    tokens = text.encode_file(tokenizer, calibration, decoder.vocab_size)
+    ends = decoder.eos_token_ids
+    tokens = text.encode_file(tokenizer, calibration, decoder.vocab_size, ends)
     begin = text.beginning(tokenizer, decoder.vocab_size, bos)
     some = text.spread(text.windows(tokens, seq_len, "calibration text", begin), 128)
     params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), model.params)
@@ -139,7 +141,8 @@ def dense_pruning_statistics(
 def _windows(tokenizer_path, text_path, decoder, seq_len, max_tokens, bos) -> np.ndarray:
     text.check_length(seq_len, decoder.max_position_embeddings)
     begin = text.beginning(tokenizer_path, decoder.vocab_size, bos)
-    tokens = text.encode_file(tokenizer_path, text_path, decoder.vocab_size)
+    ends = decoder.eos_token_ids
+    tokens = text.encode_file(tokenizer_path, text_path, decoder.vocab_size, ends)
     if max_tokens is not None:
         if max_tokens < seq_len - (begin is not None):
             raise ValueError(f"--max-tokens {max_tokens} is less than one window of {seq_len}")

@@ -20,7 +20,7 @@ import numpy as np
 
 from mcjax import odp, serving, speculate
 from mcjax.checkpoint import MANIFEST
-from mcjax.hub import Checkpoint
+from mcjax.hub import Checkpoint, local
 from mcjax.sampling import Sampling, sample
 from mcjax.speculate import Draft, Tally, hold_in_loop, self_draft
 from mcjax.text import beginning, end_tokens, open_tokenizer, unknown_ids
@@ -269,7 +269,7 @@ def generate_text(
     """Continues texts from an artifact or a Hugging Face folder.
 
     Args:
-      path: an artifact; or a folder, which is served dense and without pruning.
+      path: an artifact; or a folder or a name on the hub, served dense and without pruning.
       prompts: texts, continued as one batch.
       budget: as in `mcjax.load`.
       bits: as in `mcjax.load`.
@@ -298,7 +298,7 @@ def generate_text(
     Raises:
       ValueError: for input that cannot be served.
     """
-    path, draft, tally = Path(path), None, Tally()
+    path, draft, tally = local(path), None, Tally()
     if draft_bits is not None and not (path / MANIFEST).is_file():
         raise ValueError(
             f"{path} is not an artifact, so --draft-bits does not apply; make one with "

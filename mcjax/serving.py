@@ -15,7 +15,7 @@ import numpy as np
 
 from mcjax import checkpoint, odp, parameters, pmq
 from mcjax.bitplane import MixedPlanes
-from mcjax.hub import Folder
+from mcjax.hub import Folder, local
 from mcjax.models import weights
 from mcjax.models.decoder import Decoder, Routed
 from mcjax.models.language_model import LanguageModel
@@ -187,7 +187,8 @@ def load(
     A Hugging Face folder of a known family is served dense, its weights as they are stored.
 
     Args:
-      path: written by `mcjax compress`, or a folder with config.json and *.safetensors.
+      path: written by `mcjax compress`; or a folder with config.json and *.safetensors, or a name
+        on the hub, see `mcjax.hub.local`.
       budget: average bits per expert weight; PMQ shares them out by the artifact's statistics.
       bits: one width for every expert instead.
       allocation: each expert's width [L, E] instead. Without any of the three, all planes.
@@ -237,15 +238,15 @@ def open_source(path: str | Path) -> checkpoint.ArtifactReader | Folder:
     Raises:
       ValueError: if it is neither.
     """
-    folder = Path(path)
+    folder = local(path)
     if folder.is_dir() and not (folder / checkpoint.MANIFEST).is_file():
         if not (folder / "config.json").is_file():
             raise ValueError(
                 f"{path} is not an mcjax artifact: it has no {checkpoint.MANIFEST}; and no Hugging "
                 "Face folder: config.json is missing"
             )
-        return Folder(path)
-    return checkpoint.ArtifactReader(path, "model")
+        return Folder(folder)
+    return checkpoint.ArtifactReader(folder, "model")
 
 
 def _load_folder(folder: Folder, of_artifacts: tuple, dtype: Any, cache_dtype: Any) -> Model:
