@@ -7,10 +7,10 @@ from importlib import metadata
 
 EXAMPLES = """examples:
   mcjax demo
-  mcjax compress Mixtral-8x7B-v0.1/ mixtral.mcjax --calibration c4.txt
-  mcjax eval mixtral.mcjax --text wiki.txt --budget 2.05
-  mcjax generate mixtral.mcjax --prompt "Once upon a time" --budget 2.5 --odp
-  mcjax info mixtral.mcjax --budget 2.05 --plot allocation.png
+  mcjax compress Qwen/Qwen3-30B-A3B qwen3.mcjax --calibration c4.jsonl.gz
+  mcjax eval qwen3.mcjax --text wiki.txt --budget 2.05
+  mcjax generate qwen3.mcjax --prompt "Once upon a time" --budget 2.5 --odp
+  mcjax info qwen3.mcjax --budget 2.05 --plot allocation.png
   mcjax bench
 """
 
@@ -64,19 +64,24 @@ def _bench(commands: argparse._SubParsersAction) -> None:
 def _compress(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "compress",
-        help="Hugging Face folder -> one artifact for every width",
+        help="Hugging Face model -> one artifact for every width",
         description="Quantises a language model to bit planes. One artifact then serves every "
         "average bit-width up to --max-bits, chosen when it is loaded.",
     )
     command.add_argument(
-        "model", metavar="MODEL", help="folder with config.json, *.safetensors, tokenizer.json"
+        "model",
+        metavar="MODEL",
+        help="folder with config.json, *.safetensors, tokenizer.json; or a name on the hub, "
+        "OWNER/NAME or OWNER/NAME@REVISION",
     )
     command.add_argument("out", metavar="OUT", help="the artifact to write; must not exist")
     command.add_argument(
         "--calibration",
         metavar="TEXT",
         required=True,
-        help="UTF-8 text like what the model will see; a megabyte is plenty",
+        help="text like what the model will see, a megabyte is plenty: a UTF-8 file, or .jsonl "
+        "with a text in each line, either also as .gz; or a data set on the hub, OWNER/NAME, "
+        "OWNER/NAME:CONFIG or OWNER/NAME:CONFIG:SPLIT",
     )
     command.add_argument(
         "--max-bits", type=int, default=4, help="planes of each expert weight, 1 to 8 (default 4)"
@@ -135,8 +140,12 @@ def _evaluate(commands: argparse._SubParsersAction) -> None:
         help="perplexity of a model or an artifact at any budget",
         description="Perplexity on a text: tokenised whole, cut into windows of --seq-len.",
     )
-    command.add_argument("model", metavar="MODEL|OUT", help="Hugging Face folder, or artifact")
-    command.add_argument("--text", metavar="FILE", required=True, help="UTF-8 text")
+    command.add_argument(
+        "model", metavar="MODEL|OUT", help="an artifact, or a Hugging Face folder or name"
+    )
+    command.add_argument(
+        "--text", metavar="TEXT", required=True, help="a text, as --calibration of `compress` has"
+    )
     width = command.add_mutually_exclusive_group()
     width.add_argument(
         "--budget", type=float, help="average bits per expert weight, shared out by PMQ"
@@ -164,7 +173,9 @@ def _generate(commands: argparse._SubParsersAction) -> None:
         help="write text from a prompt, at any budget",
         description="Continues a prompt, writing as it goes; several --prompt run as one batch.",
     )
-    command.add_argument("model", metavar="OUT|MODEL", help="an artifact, or Hugging Face folder")
+    command.add_argument(
+        "model", metavar="OUT|MODEL", help="an artifact, or a Hugging Face folder or name"
+    )
     command.add_argument(
         "--prompt", metavar="TEXT", required=True, action="append", help="repeat for a batch"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mcjax.checkpoint import MANIFEST, read_manifest
+from mcjax.documents import read_documents
 from mcjax.hub import read_json
 
 BOS = ("auto", "always", "never")
@@ -153,21 +154,28 @@ def check_length(seq_len: int, positions: int) -> None:
         )
 
 
-def encode_file(tokenizer_path: Path, text_path: str | Path, vocab_size: int) -> np.ndarray:
-    """Tokens int32 [N] of a whole text file, without special tokens.
+def encode_file(
+    tokenizer_path: Path, text_path: str | Path, vocab_size: int, ends: Sequence[int] = ()
+) -> np.ndarray:
+    """Tokens int32 [N] of a whole text, its documents kept apart by an end-of-sequence token.
+
+    Args:
+      tokenizer_path: a tokenizer.json; tokenizer_config.json is looked for beside.
+      text_path: as `mcjax.documents.read_documents` reads it.
+      vocab_size: of the model.
+      ends: tokens that end a text, of which the first is used unless the tokenizer names another.
 
     Raises:
-      ValueError: if the text is missing, not UTF-8 or empty, or the tokenizer is unreadable or
-        larger than the model's vocabulary.
+      ValueError: if the text cannot be read or is empty, or the tokenizer is unreadable or larger
+        than the model's vocabulary.
     """
-    try:
-        text = Path(text_path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{text_path} is not UTF-8 text: {error}") from None
-    except OSError as error:
-        raise ValueError(f"cannot read {text_path}: {error.strerror}") from None
+    documents = read_documents(text_path)
     tokenizer = open_tokenizer(tokenizer_path)
-    tokens = np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+    end = tokenizer.token_to_id(special_tokens(tokenizer_path.parent).get("eos_token", ""))
+    between = [*ends[:1]] if end is None else [end]
+    encoded = tokenizer.encode_batch(documents, add_special_tokens=False)
+    parts = (ids for one in encoded for ids in (between, one.ids))
+    tokens = np.fromiter(itertools.chain(*itertools.islice(parts, 1, None)), np.int32)
     if tokens.size == 0:
         raise ValueError(f"{text_path} holds no tokens")
     if tokens.max() >= vocab_size:

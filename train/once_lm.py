@@ -135,7 +135,8 @@ def main() -> None:
     decoder, teacher = folder.decoder, folder.read(np.float32)
     trained, kept, specs = start(arguments.artifact, teacher)
     widths = next(iter(specs.values())).widths
-    tokens = text.encode_file(folder.tokenizer_path, arguments.text, decoder.vocab_size)
+    ends = decoder.eos_token_ids
+    tokens = text.encode_file(folder.tokenizer_path, arguments.text, decoder.vocab_size, ends)
     length = arguments.seq_len + 1
     begin = text.beginning(folder.tokenizer_path, decoder.vocab_size, "auto")
     text.windows(tokens, length, "training text", begin)
