@@ -27,6 +27,17 @@ KINDS = ("deepseek_v3", "gemma3", "qwen3_next", "deepseek_v32", "llama4", "lfm2_
 SLOW = ("mixtral", "qwen3_moe", "gpt_oss")
 """Whose parts those have, or other tests: run with `pytest -m slow`."""
 
+OWN_BLOCKS = (
+    "ernie4_5_moe",
+    "gemma4",
+    "granitemoe",
+    "minimax_m2",
+    "mistral4",
+    "olmo2",
+    "qwen2_moe",
+)
+"""Of the others, those that differ in what is quantised or measured; the rest are slow too."""
+
 
 def made(name, folder, text_file):
     """A family's folder with a tokenizer, and its artifact."""
@@ -60,7 +71,14 @@ def test_eight_bits_are_nearly_the_model(case, text_file):
     eight_bits_are_nearly_the_model(*case, text_file)
 
 
-@pytest.mark.parametrize("name", [name for name in SIZES if name not in KINDS + SLOW])
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in OWN_BLOCKS else pytest.param(name, marks=pytest.mark.slow)
+        for name in SIZES
+        if name not in KINDS + SLOW
+    ],
+)
 def test_eight_bits_of_the_others(name, tmp_path, text_file):
     eight_bits_are_nearly_the_model(*made(name, tmp_path, text_file), text_file)
 

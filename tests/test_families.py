@@ -310,6 +310,29 @@ def test_a_quantization_config_beside_floats_is_named(tmp_path):
     assert error(model(tokens), logits) < 1e-4
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("gemma3", {"layer_types": ["full_attention"]}, "1 layer_types for 7 layers"),
+        ("gemma3", {"layer_types": ["conv"] * 7}, "layer type 'conv' is not supported"),
+        ("llama4", {"layer_types": ["sliding_attention"] * 4}, "'sliding_attention' is not"),
+        ("llama4", {"no_rope_layers": [1, 0]}, "2 no_rope_layers for 4 layers"),
+        ("lfm2_moe", {"layer_types": ["conv"] * 4}, "4 layer_types for 5 layers"),
+        ("glm4_moe", {"mlp_layer_types": ["sparse"]}, "mlp_layer_types .* of 3 layers"),
+        ("glm_moe_dsa", {"indexer_types": ["full", "shared", "full"]}, "indexer_types .* not supp"),
+        ("gemma4", {"hidden_size_per_layer_input": 8}, "embeddings for each layer"),
+        ("gemma4", {"num_kv_shared_layers": 2}, "num_kv_shared_layers 2 is not supported"),
+        ("hunyuan_v1_moe", {"moe_topk": [1, 2, 3]}, "moe_topk differs between layers"),
+        ("ernie4_5_moe", {"use_bias": True}, "use_bias True is not supported"),
+        ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method 'noaux_tc' is not supported"),
+        ("llama", {"model_type": "llama9"}, "'llama9' is not supported; mixtral, qwen3_moe, qwen2"),
+    ],
+)
+def test_what_a_page_does_not_serve_is_refused(name, change, message):
+    with pytest.raises(ValueError, match=message):
+        describe(fixture(name)[0] | change)
+
+
 def test_a_field_that_would_change_the_layers_is_refused(tmp_path):
     config, _, _, tensors = fixture("deepseek_v3")
     with pytest.raises(ValueError, match="moe_layer_freq 2 is not supported"):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from mcjax.models.rope import ROPE_TYPES, Rope, RopeConfig
 
 _MISSING = object()
+
+ATTENTION_TYPES = ("full_attention", "sliding_attention")
 
 HARMLESS = frozenset(
     (
@@ -128,15 +130,20 @@ class Fields:
         share = self.number("partial_rotary_factor", given.get("partial_rotary_factor", share))
         return int(head_dim * share)
 
-    def layer_types(self, usual: Sequence[str]) -> Sequence[str]:
+    def layer_types(
+        self, usual: Sequence[str], known: Collection[str] = ATTENTION_TYPES
+    ) -> Sequence[str]:
         """The type of each layer, `usual` where the config does not say.
 
         Raises:
-          ValueError: if they are not one for each layer, or not of the types that `usual` has.
+          ValueError: if they are not one for each layer, or not of the `known` types.
         """
         types = self.get("layer_types", usual)
         if len(types) != len(usual):
             raise ValueError(f"config: {len(types)} layer_types for {len(usual)} layers")
+        for kind in types:
+            if kind not in known:
+                raise ValueError(f"config: layer type {kind!r} is not supported; {[*known]} are")
         return types
 
     def eos(self) -> tuple[int, ...]:

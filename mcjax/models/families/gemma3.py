@@ -46,7 +46,7 @@ def decoder(fields: Fields) -> Decoder:
             block=block,
             norms="both",
         )
-        for kind in fields.get("layer_types", usual)
+        for kind in fields.layer_types(usual)
     ]
     return shared.model(
         fields,

@@ -31,7 +31,6 @@ def decoder(fields: Fields) -> Decoder:
     fields.only("hidden_activation", "gelu_pytorch_tanh")
     fields.only("use_bidirectional_attention", None, "vision")
     fields.only("num_kv_shared_layers", 0)
-    fields.only("hidden_size_per_layer_input", 256, 0)
     if fields.get("hidden_size_per_layer_input", 256):
         raise ValueError(
             "config: hidden_size_per_layer_input is not 0: embeddings for each layer, which the "

@@ -35,7 +35,7 @@ def decoder(fields: Fields) -> Decoder:
     dense, first = Dense(width=fields.size("intermediate_size")), fields.get("num_dense_layers", 2)
     layers = [
         Layer(mixer=mixers[kind], block=dense if i < first else routed)
-        for i, kind in enumerate(fields.layer_types(["full_attention"] * count))
+        for i, kind in enumerate(fields.layer_types(["full_attention"] * count, mixers))
     ]
     tied = fields.flag("tie_embedding", True)
     return shared.model(fields, layers, norm_eps=1e-5, tied=tied, eps_field="norm_eps")

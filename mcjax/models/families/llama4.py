@@ -24,9 +24,12 @@ def decoder(fields: Fields) -> Decoder:
     count = fields.size("num_hidden_layers")
     every = fields.size("no_rope_layer_interval", 4)
     rotated = fields.get("no_rope_layers", ()) or [(i + 1) % every != 0 for i in range(count)]
+    if len(rotated) != count:
+        raise ValueError(f"config: {len(rotated)} no_rope_layers for {count} layers")
     chunk = fields.get("attention_chunk_size", 8192)
     types = fields.layer_types(
-        ["chunked_attention" if r and chunk else "full_attention" for r in rotated]
+        ["chunked_attention" if r and chunk else "full_attention" for r in rotated],
+        ("full_attention", "chunked_attention"),
     )
     head_dim = fields.size("head_dim", 128)
     rope = fields.rope(head_dim, theta=5e5, interleaved=True)

@@ -62,7 +62,7 @@ def decoder(fields: Fields) -> Decoder:
     step, without = fields.size("decoder_sparse_step", 1), fields.get("mlp_only_layers", ())
     layers = [
         Layer(mixer=mixers[kind], block=dense if i in without or (i + 1) % step else routed)
-        for i, kind in enumerate(fields.get("layer_types", usual))
+        for i, kind in enumerate(fields.layer_types(usual, mixers))
     ]
     return shared.model(fields, layers)
 
