@@ -88,43 +88,12 @@ def heads(
     """
     batch, length, _ = x.shape
     taps: dict[str, Any] = {"mixer_input": x}
-    h, kv, d = spec.heads, spec.kv_heads, spec.head_dim
-    qkv = biased(dot(x, weights["qkv"], act_bits), weights.get("qkv_bias"))
-    wide = h * d * (2 if spec.gated else 1)
-    q, k = qkv[..., :wide], qkv[..., wide : wide + kv * d]
-    v = k if spec.shared_values else qkv[..., wide + kv * d :]
-    q, gate = q.reshape(batch, length, h, -1), None
-    if spec.gated:
-        q, gate = q[..., :d], q[..., d:]
-    k, v = k.reshape(batch, length, kv, d), v.reshape(batch, length, kv, d)
-
-    def both_normed(norm: QKNorm, q, k):
-        def one(x, name):
-            scale = weights[f"{name}_norm"] if norm.scale else None
-            rows = x if norm.over == "head" else x.reshape(batch, length, -1)
-            return rms_norm(rows, scale, eps).reshape(x.shape)
-
-        return one(q, "q"), one(k, "k")
-
-    if spec.qk_norm and not spec.qk_norm.rotated:
-        q, k = both_normed(spec.qk_norm, q, k)
-    if spec.clip is not None:
-        q, k, v = (jnp.clip(a, -spec.clip, spec.clip) for a in (q, k, v))
-    if spec.value_norm:
-        v = rms_norm(v, None, eps)
+    kv, d = spec.kv_heads, spec.head_dim
     whole = length if cache is None else cache.keys.shape[3]
-    if spec.rope is not None:
-        cos, sin = rope.angles(spec.rope, context.positions, whole)
-        q = rope.rotate(q, cos, sin, spec.rope.interleaved)
-        k = rope.rotate(k, cos, sin, spec.rope.interleaved)
-    if spec.qk_norm and spec.qk_norm.rotated:
-        q, k = both_normed(spec.qk_norm, q, k)
-    q = _tempered(spec.temperature, q, context.positions)
-    k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-    q = q.reshape(batch, length, kv, h // kv, d)
+    q, k, v, gate = _projected(spec, weights, x, context.positions, whole, eps, act_bits)
     sinks = None
     if spec.sinks:
-        sinks = weights["sinks"].astype(jnp.float32).reshape(1, kv, h // kv, 1)
+        sinks = weights["sinks"].astype(jnp.float32).reshape(1, kv, -1, 1)
     rule = Rule(spec.scale, spec.window, spec.chunked, sinks)
     if cache is None:
         out, map_ = attend(rule, q, k, v, context)
@@ -155,6 +124,43 @@ def heads(
         out = out * jax.nn.sigmoid(gate.reshape(batch, length, -1))
     y = biased(dot(out, weights["o"], act_bits), weights.get("o_bias"))
     return y, cache, taps | {"mixer_output": out, "attention": map_}
+
+
+def _projected(spec: Heads, weights: Any, x, positions, whole: int, eps: float, act_bits):
+    """Queries [B, T, KV, G, d], keys and values [B, KV, T, d], and gates [B, T, H, d] or None."""
+    batch, length, _ = x.shape
+    h, kv, d = spec.heads, spec.kv_heads, spec.head_dim
+    qkv = biased(dot(x, weights["qkv"], act_bits), weights.get("qkv_bias"))
+    wide = h * d * (2 if spec.gated else 1)
+    q, k = qkv[..., :wide], qkv[..., wide : wide + kv * d]
+    v = k if spec.shared_values else qkv[..., wide + kv * d :]
+    q, gate = q.reshape(batch, length, h, -1), None
+    if spec.gated:
+        q, gate = q[..., :d], q[..., d:]
+    k, v = k.reshape(batch, length, kv, d), v.reshape(batch, length, kv, d)
+
+    def both_normed(norm: QKNorm, q, k):
+        def one(x, name):
+            scale = weights[f"{name}_norm"] if norm.scale else None
+            rows = x if norm.over == "head" else x.reshape(batch, length, -1)
+            return rms_norm(rows, scale, eps).reshape(x.shape)
+
+        return one(q, "q"), one(k, "k")
+
+    if spec.qk_norm and not spec.qk_norm.rotated:
+        q, k = both_normed(spec.qk_norm, q, k)
+    if spec.clip is not None:
+        q, k, v = (jnp.clip(a, -spec.clip, spec.clip) for a in (q, k, v))
+    if spec.value_norm:
+        v = rms_norm(v, None, eps)
+    if spec.rope is not None:
+        cos, sin = rope.angles(spec.rope, positions, whole)
+        q = rope.rotate(q, cos, sin, spec.rope.interleaved)
+        k = rope.rotate(k, cos, sin, spec.rope.interleaved)
+    if spec.qk_norm and spec.qk_norm.rotated:
+        q, k = both_normed(spec.qk_norm, q, k)
+    q = _tempered(spec.temperature, q, positions).reshape(batch, length, kv, h // kv, d)
+    return q, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), gate
 
 
 def latent(
