@@ -316,6 +316,7 @@ def test_a_quantization_config_beside_floats_is_named(tmp_path):
         ("gemma3", {"layer_types": ["full_attention"]}, "1 layer_types for 7 layers"),
         ("gemma3", {"layer_types": ["conv"] * 7}, "layer type 'conv' is not supported"),
         ("llama4", {"layer_types": ["sliding_attention"] * 4}, "'sliding_attention' is not"),
+        ("llama", {"rope_parameters": {"rope_theta": 1e4, "beta": 2}}, "{'beta': 2} is not known"),
         ("llama4", {"no_rope_layers": [1, 0]}, "2 no_rope_layers for 4 layers"),
         ("lfm2_moe", {"layer_types": ["conv"] * 4}, "4 layer_types for 5 layers"),
         ("glm4_moe", {"mlp_layer_types": ["sparse"]}, "mlp_layer_types .* of 3 layers"),

@@ -93,3 +93,9 @@ def test_written_folder_reads_back(name, tmp_path):
 def test_impossible_sizes(change, message):
     with pytest.raises(ValueError, match=message):
         describe(fixture(MIXTRAL)[0] | change)
+
+
+def test_a_sentencepiece_tokenizer_says_how_to_get_the_other(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"pieces")
+    with pytest.raises(ValueError, match=r"tokenizer\.model is not read; .*save_pretrained"):
+        print(hub.Checkpoint(tmp_path).tokenizer_path)

@@ -67,6 +67,10 @@ class Fields:
     def __init__(self, values: Mapping[str, Any]):
         self.values = dict(values)
         self.read: set[str] = set()
+        # What may stand among the rotation's parameters and is read elsewhere. Of text all sections
+        # of mrope have the same positions.
+        self.of_rope = {"type", "rope_type", "max_position_embeddings"}
+        self.of_rope |= {"partial_rotary_factor", "mrope_section", "mrope_interleaved"}
 
     def get(self, name: str, default: Any = _MISSING) -> Any:
         """A field's value; `default` where it is missing or null.
@@ -163,13 +167,16 @@ class Fields:
           interleaved: see `Rope`.
 
         Raises:
-          ValueError: for an unknown type or an impossible base.
+          ValueError: for an unknown type or parameter, or an impossible base.
         """
         longest = self.size("max_position_embeddings")
         given = self.get("rope_parameters", None) or self.get("rope_scaling", None) or {}
         if kind is not None and kind in given:
             given = given[kind]
         known = {f.name for f in dataclasses.fields(RopeConfig)}
+        unread = {k: v for k, v in given.items() if k not in known | self.of_rope and v is not None}
+        if unread:
+            raise ValueError(f"config: of the rotation, {unread} is not known")
         own = {k: v for k, v in given.items() if k in known and v is not None}
         own["rope_type"] = given.get("type") or given.get("rope_type") or "default"
         if own["rope_type"] not in ROPE_TYPES:

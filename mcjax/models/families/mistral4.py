@@ -16,6 +16,7 @@ def decoder(fields: Fields) -> Decoder:
     """Describes a Mistral 4 from its config."""
     fields.only("hidden_act", "silu")
     given = fields.get("rope_parameters")
+    fields.of_rope.add("llama_4_scaling_beta")
     beta, length = given.get("llama_4_scaling_beta"), given.get("original_max_position_embeddings")
     tempered = Temperature(scale=beta, length=length) if beta else None
     mixer = latent(fields, temperature=tempered)
