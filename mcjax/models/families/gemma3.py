@@ -65,10 +65,7 @@ def outside(decoder: Decoder) -> list:
 def tensors(layer: Layer) -> list:
     """The tensors of a layer."""
     return [
-        plus_one("mixer_norm", "input_layernorm.weight"),
-        plus_one("mixer_after", "post_attention_layernorm.weight"),
-        plus_one("block_norm", "pre_feedforward_layernorm.weight"),
-        plus_one("block_after", "post_feedforward_layernorm.weight"),
+        *shared.norms_on_both_sides(plus_one),
         *shared.attention(layer.mixer, plus_one),
         *gated("block", "mlp"),
     ]

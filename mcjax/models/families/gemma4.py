@@ -105,10 +105,7 @@ outside = shared.outside
 def tensors(layer: Layer) -> list:
     """The tensors of a layer."""
     rules = [
-        keep("mixer_norm", "input_layernorm.weight"),
-        keep("mixer_after", "post_attention_layernorm.weight"),
-        keep("block_norm", "pre_feedforward_layernorm.weight"),
-        keep("block_after", "post_feedforward_layernorm.weight"),
+        *shared.norms_on_both_sides(),
         keep("scale", "layer_scalar"),
         *shared.attention(layer.mixer),
     ]

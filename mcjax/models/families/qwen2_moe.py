@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mcjax.models.decoder import Decoder, Dense, Layer, Routed, Routing
-from mcjax.models.families import shared
+from mcjax.models.decoder import Decoder, Layer
+from mcjax.models.families import qwen3_moe, shared
 from mcjax.models.families.fields import Fields
-from mcjax.models.families.tensors import experts, gated, linear
 
 MODEL_TYPES = ("qwen2_moe",)
 NAME = "Qwen2-MoE, Qwen1.5-MoE"
@@ -28,39 +27,12 @@ def decoder(fields: Fields) -> Decoder:
             for i in range(count)
         ]
     )
-    routed = Routed(
-        experts=fields.size("num_experts", fields.get("num_local_experts", None)),
-        width=fields.size("moe_intermediate_size"),
-        routing=Routing(
-            top_k=fields.size("num_experts_per_tok"), normalise=fields.flag("norm_topk_prob")
-        ),
-        shared=fields.size("shared_expert_intermediate_size"),
-        shared_gate=True,
-    )
-    dense = Dense(width=fields.size("intermediate_size"))
-    step, without = fields.size("decoder_sparse_step", 1), fields.get("mlp_only_layers", ())
+    each = qwen3_moe.blocks(fields, **qwen3_moe.shared_expert(fields))
     layers = [
-        Layer(
-            mixer=replace(mixer, window=window if kind == "sliding_attention" else None),
-            block=dense if i in without or (i + 1) % step else routed,
-        )
-        for i, kind in enumerate(types)
+        Layer(mixer=replace(mixer, window=window if kind == "sliding_attention" else None), block=b)
+        for kind, b in zip(types, each, strict=True)
     ]
     return shared.model(fields, layers)
 
 
-outside = shared.outside
-
-
-def tensors(layer: Layer) -> list:
-    """The tensors of a layer."""
-    rules = [*shared.norms(), *shared.attention(layer.mixer)]
-    if isinstance(layer.block, Dense):
-        return rules + gated("block", "mlp")
-    return [
-        *rules,
-        linear("block.router", "mlp.gate"),
-        linear("block.shared_gate", "mlp.shared_expert_gate"),
-        *gated("block.shared", "mlp.shared_expert"),
-        experts("mlp"),
-    ]
+outside, tensors = shared.outside, qwen3_moe.tensors

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from mcjax.models.decoder import Decoder, Dense, Layer, QKNorm, Routed, Routing
 from mcjax.models.families import shared
 from mcjax.models.families.fields import Fields
@@ -19,20 +21,38 @@ def decoder(fields: Fields) -> Decoder:
     fields.get("sliding_window", None)
     fields.get("max_window_layers", None)
     mixer = shared.heads(fields, window=window, qk_norm=QKNorm(), **shared.both_biases(fields))
+    layers = [Layer(mixer=mixer, block=block) for block in blocks(fields)]
+    return shared.model(fields, layers)
+
+
+def blocks(fields: Fields, normalise: bool = False, **more: Any) -> list[Dense | Routed]:
+    """The network of each layer, of all of Qwen's families with experts.
+
+    Args:
+      fields: of the config.
+      normalise: where the config does not say.
+      **more: attributes of `Routed`.
+    """
     routed = Routed(
         experts=fields.size("num_experts", fields.get("num_local_experts", None)),
         width=fields.size("moe_intermediate_size"),
         routing=Routing(
-            top_k=fields.size("num_experts_per_tok"), normalise=fields.flag("norm_topk_prob")
+            top_k=fields.size("num_experts_per_tok"),
+            normalise=fields.flag("norm_topk_prob", normalise),
         ),
+        **more,
     )
-    dense = Dense(width=fields.size("intermediate_size"))
-    step, without = fields.size("decoder_sparse_step", 1), fields.get("mlp_only_layers", ())
-    layers = [
-        Layer(mixer=mixer, block=dense if i in without or (i + 1) % step else routed)
-        for i in range(fields.size("num_hidden_layers"))
-    ]
-    return shared.model(fields, layers)
+    count, step = fields.size("num_hidden_layers"), fields.size("decoder_sparse_step", 1)
+    without = fields.get("mlp_only_layers", ())
+    fields.get("intermediate_size", None)
+    sparse = [i not in without and not (i + 1) % step for i in range(count)]
+    dense = None if all(sparse) else Dense(width=fields.size("intermediate_size"))
+    return [routed if own or dense is None else dense for own in sparse]
+
+
+def shared_expert(fields: Fields) -> dict[str, Any]:
+    """The attributes of `Routed` that are about a gated shared expert."""
+    return {"shared": fields.size("shared_expert_intermediate_size"), "shared_gate": True}
 
 
 outside = shared.outside
@@ -40,7 +60,15 @@ outside = shared.outside
 
 def tensors(layer: Layer) -> list:
     """The tensors of a layer."""
-    rules = [*shared.norms(), *shared.attention(layer.mixer)]
-    if isinstance(layer.block, Dense):
-        return rules + gated("block", "mlp")
-    return [*rules, linear("block.router", "mlp.gate"), experts("mlp")]
+    return [*shared.norms(), *shared.attention(layer.mixer), *network(layer.block)]
+
+
+def network(block: Dense | Routed) -> list:
+    """Those of its network."""
+    if isinstance(block, Dense):
+        return gated("block", "mlp")
+    rules: list = [linear("block.router", "mlp.gate"), experts("mlp")]
+    if block.shared:
+        rules.append(linear("block.shared_gate", "mlp.shared_expert_gate"))
+        rules += gated("block.shared", "mlp.shared_expert")
+    return rules

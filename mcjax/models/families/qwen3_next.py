@@ -4,19 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from mcjax.models.decoder import (
-    Decoder,
-    Delta,
-    Dense,
-    Heads,
-    Layer,
-    QKNorm,
-    Routed,
-    Routing,
-)
-from mcjax.models.families import shared
+from mcjax.models.decoder import Decoder, Delta, Heads, Layer, QKNorm
+from mcjax.models.families import qwen3_moe, shared
 from mcjax.models.families.fields import Fields
-from mcjax.models.families.tensors import by_head, experts, gated, keep, linear, plus_one, squeezed
+from mcjax.models.families.tensors import by_head, keep, linear, plus_one, squeezed
 
 MODEL_TYPES = ("qwen3_next", "qwen3_5_moe_text")
 NAME = "Qwen3-Next, Qwen3.5-MoE (text)"
@@ -48,22 +39,9 @@ def decoder(fields: Fields) -> Decoder:
     }
     every = fields.size("full_attention_interval", 4)
     usual = ["linear_attention" if (i + 1) % every else "full_attention" for i in range(count)]
-    routed = Routed(
-        experts=fields.size("num_experts", fields.get("num_local_experts", None)),
-        width=fields.size("moe_intermediate_size"),
-        routing=Routing(
-            top_k=fields.size("num_experts_per_tok"),
-            normalise=fields.flag("norm_topk_prob", True),
-        ),
-        shared=fields.size("shared_expert_intermediate_size"),
-        shared_gate=True,
-    )
-    dense = Dense(width=fields.size("intermediate_size", 1))
-    step, without = fields.size("decoder_sparse_step", 1), fields.get("mlp_only_layers", ())
-    layers = [
-        Layer(mixer=mixers[kind], block=dense if i in without or (i + 1) % step else routed)
-        for i, kind in enumerate(fields.layer_types(usual, mixers))
-    ]
+    types = fields.layer_types(usual, mixers)
+    each = qwen3_moe.blocks(fields, True, **qwen3_moe.shared_expert(fields))
+    layers = [Layer(mixer=mixers[k], block=block) for k, block in zip(types, each, strict=True)]
     return shared.model(fields, layers)
 
 
@@ -74,7 +52,6 @@ def outside(decoder: Decoder) -> list:
 
 def tensors(layer: Layer) -> list:
     """The tensors of a layer."""
-    b = layer.block
     m: Any = layer.mixer
     rules: list = shared.norms(plus_one)
     if isinstance(m, Heads):
@@ -101,12 +78,4 @@ def tensors(layer: Layer) -> list:
             keep("mixer.norm", "linear_attn.norm.weight"),
             linear("mixer.o", "linear_attn.out_proj"),
         ]
-    if isinstance(b, Dense):
-        return rules + gated("block", "mlp")
-    return [
-        *rules,
-        linear("block.router", "mlp.gate"),
-        linear("block.shared_gate", "mlp.shared_expert_gate"),
-        *gated("block.shared", "mlp.shared_expert"),
-        experts("mlp"),
-    ]
+    return rules + qwen3_moe.network(layer.block)

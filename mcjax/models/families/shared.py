@@ -147,6 +147,16 @@ def attention(
     return rules
 
 
+def norms_on_both_sides(norm=keep) -> list[Rule]:
+    """The four norms of a layer that also normalises what comes out of mixer and block."""
+    return [
+        norm("mixer_norm", "input_layernorm.weight"),
+        norm("mixer_after", "post_attention_layernorm.weight"),
+        norm("block_norm", "pre_feedforward_layernorm.weight"),
+        norm("block_after", "post_feedforward_layernorm.weight"),
+    ]
+
+
 def norms(norm=keep) -> list[Rule]:
     """The two norms of a layer that normalises before mixer and block."""
     return [
