@@ -287,8 +287,11 @@ def with_pruning(
     if policy not in odp.POLICIES:
         raise ValueError(f"unknown pruning policy {policy!r}; one of {odp.POLICIES}")
     if all(np.size(of_layer.ratio) == 0 for of_layer in statistics):
-        each = "each token has one expert" if statistics else "the model has no routed experts"
-        note(f"{each}, so there is none to skip: nothing is pruned")
+        routings = [s.block.routing for s in decoder.layers if isinstance(s.block, Routed)]
+        why = "each token has one expert" if routings else "the model has no routed experts"
+        if any(routing.top_k > 1 for routing in routings):
+            why = "weights multiply what goes into experts, so none stands in for another"
+        note(f"{why}: there is none to skip, nothing is pruned")
         return params
     params = jax.tree.map(lambda a: a, params)
     routed = [i for i, layer in enumerate(decoder.layers) if isinstance(layer.block, Routed)]
