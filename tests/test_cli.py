@@ -185,7 +185,7 @@ def test_bad_models(model_folder, text_file, tmp_path, capsys):
         (weights(lambda t: t.pop("model.norm.weight")), "model.norm.weight"),
         (poison(np.nan), "1 NaN or infinite"),
         (poison(np.inf), "1 NaN or infinite"),
-        (config(model_type="llama"), "'llama' is not supported"),
+        (config(model_type="gpt2"), "'gpt2' is not supported"),
         (config(hidden_size="96"), "hidden_size"),
         (config(hidden_size=128), "config.json implies"),
         (config(vocab_size=100), "tokenizer does not belong"),
