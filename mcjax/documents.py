@@ -14,6 +14,9 @@ DATASET = re.compile(r"(?P<name>[^:]+)(:(?P<config>[\w.-]*))?(:(?P<split>[\w.-]+
 
 ON_THE_HUB = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
+LINES = (".jsonl", ".json")
+"""How files of JSON lines end."""
+
 CHARACTERS = 1 << 24
 """How much is taken of a data set, from its beginning."""
 
@@ -22,10 +25,10 @@ def read_documents(source: str | Path) -> list[str]:
     """Reads a text.
 
     Args:
-      source: a UTF-8 file, which is one document, or one that ends in .jsonl, each of whose lines
-        is an object with a `text`; either may be compressed, ending in .gz. Or a data set, see
-        `DATASET`, read by the `datasets` library: the field `text` of its first documents, of the
-        split "train" unless another is named.
+      source: a UTF-8 file, which is one document, or one that ends in .jsonl or .json, each of
+        whose lines is an object with a `text`; either may be compressed, ending in .gz. Or a data
+        set, see `DATASET`, read by the `datasets` library: the field `text` of its first documents,
+        of the split "train" unless another is named.
 
     Returns:
       Its documents, of which none is empty.
@@ -38,7 +41,7 @@ def read_documents(source: str | Path) -> list[str]:
     if not path.is_file() and named is not None and _is_dataset(named["name"]):
         documents = _of_dataset(**named.groupdict())
     else:
-        text, lines = _text(path), Path(path.name.removesuffix(".gz")).suffix == ".jsonl"
+        text, lines = _text(path), Path(path.name.removesuffix(".gz")).suffix in LINES
         documents = list(_of_lines(path, text)) if lines else [text]
     documents = [document for document in documents if document]
     if not documents:
@@ -59,7 +62,7 @@ def _text(path: Path) -> str:
 
 
 def _of_lines(path: Path, text: str) -> Iterator[str]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:

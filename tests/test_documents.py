@@ -21,8 +21,14 @@ def test_plain_lines_and_compressed(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     for name in ("a.txt", "a.txt.gz"):
         assert documents.read_documents(tmp_path / name) == ["one\ntwo"]
-    for name in ("a.jsonl", "a.jsonl.gz"):
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(lines.encode()))
+    for name in ("a.jsonl", "a.jsonl.gz", "a.json.gz"):
         assert documents.read_documents(str(tmp_path / name)) == WANTED
+
+
+def test_separators_within_a_text_end_no_line(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one\u2028two\x85three"}\n')
+    assert documents.read_documents(tmp_path / "a.jsonl") == ["one\u2028two\x85three"]
 
 
 @pytest.mark.parametrize(

@@ -317,6 +317,13 @@ def test_a_quantization_config_beside_floats_is_named(tmp_path):
         ("gemma3", {"layer_types": ["conv"] * 7}, "layer type 'conv' is not supported"),
         ("llama4", {"layer_types": ["sliding_attention"] * 4}, "'sliding_attention' is not"),
         ("llama", {"rope_parameters": {"rope_theta": 1e4, "beta": 2}}, "{'beta': 2} is not known"),
+        ("mistral4", {"rope_parameters": "x"}, "a field has an impossible value"),
+        ("llama", {"rope_parameters": "yarn"}, "must be an object, got 'yarn'"),
+        ("llama", {"rope_parameters": {"rope_theta": "x"}}, "rope_theta of the rotation must be a"),
+        ("granitemoe", {"logits_scaling": 0}, "a field has an impossible value"),
+        ("deepseek_v3", {"topk_group": 5}, "5 of 4 groups of 2 experts cannot be kept"),
+        ("qwen3_next", {"linear_num_value_heads": 3}, "3 heads of values cannot share 2 of keys"),
+        ("deepseek_v32", {"q_lora_rank": None}, "q_lora_rank is missing"),
         ("llama4", {"no_rope_layers": [1, 0]}, "2 no_rope_layers for 4 layers"),
         ("lfm2_moe", {"layer_types": ["conv"] * 4}, "4 layer_types for 5 layers"),
         ("glm4_moe", {"mlp_layer_types": ["sparse"]}, "mlp_layer_types .* of 3 layers"),
@@ -332,6 +339,30 @@ def test_a_quantization_config_beside_floats_is_named(tmp_path):
 def test_what_a_page_does_not_serve_is_refused(name, change, message):
     with pytest.raises(ValueError, match=message):
         describe(fixture(name)[0] | change)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("qwen3_5_moe", {"attn_output_gate": True, "mamba_ssm_dtype": "float32"}),
+        ("glm4_moe_lite", {"partial_rotary_factor": 1.0}),
+        ("glm_moe_dsa", {"indexer_rope_interleave": True}),
+        ("ernie4_5_moe", {"moe_gate": "topk", "moe_capacity": [64], "use_rmsnorm": True}),
+        ("minimax_m2", {"use_mtp": True, "qk_norm_type": "per_layer", "rotary_dim": 6}),
+        ("deepseek_v3", {"seq_aux": True, "ep_size": 1, "scoring_func": "sigmoid"}),
+    ],
+)
+def test_fields_of_published_configs_change_nothing(name, fields):
+    config = fixture(name)[0]
+    assert describe(config | fields)[1] == describe(config)[1]
+
+
+def test_an_alpha_is_a_base(tmp_path):
+    config = fixture("hunyuan_v1_moe")[0]
+    given = {"type": "dynamic", "alpha": 8.0, "factor": 1.0, "rope_theta": 100.0}
+    rope = describe(config | {"rope_parameters": given})[1].layers[0].mixer.rope
+    assert rope.config.rope_theta == pytest.approx(100 * 8 ** (10 / 8))
+    assert rope.config.rope_type == "default"
 
 
 def test_a_field_that_would_change_the_layers_is_refused(tmp_path):

@@ -54,6 +54,32 @@ def test_blocks_at_the_edge_are_smaller():
             assert got[i, j] == np.float32(weight[i, j]) * scale[i // 4, j // 4]
 
 
+def test_one_scale_of_a_whole_weight():
+    weight = np.array([[1, -2, 3]], ml_dtypes.float8_e4m3fn)
+    for scale in (np.float32(0.5), np.array([0.5], np.float32)):
+        parts = {"weight": weight, "weight_scale_inv": np.asarray(scale)}
+        got = unpacked("FP8", parts, {"weight_block_size": None}, np.float32)
+        np.testing.assert_array_equal(got, [[0.5, -1, 1.5]])
+
+
+def test_blocks_of_compressed_tensors_are_as_its_settings_say():
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((10, 9)).astype(ml_dtypes.float8_e4m3fn)
+    scale = rng.random((3, 3)).astype(np.float32)
+    arguments = {"strategy": "block", "block_structure": [4, 4]}
+    settings = {"config_groups": {"group_0": {"weights": arguments}}}
+    got = unpacked("compressed-tensors", {"weight": weight, "weight_scale": scale}, settings, None)
+    wide = np.repeat(np.repeat(scale, 4, 0), 4, 1)[:10, :9]
+    np.testing.assert_array_equal(got, np.float32(weight) * wide)
+    arguments |= {"strategy": "group", "group_size": 5, "block_structure": None}
+    parts = {"weight": weight.astype(np.int8), "weight_scale": scale[:1, :2].repeat(10, 0)}
+    got = unpacked("compressed-tensors", parts, settings, None)
+    np.testing.assert_array_equal(got[0], parts["weight"][0] * scale[0, [0] * 5 + [1] * 4])
+    arguments["group_size"] = 2
+    with pytest.raises(ValueError, match="is not of groups of 2 of 9"):
+        unpacked("compressed-tensors", parts, settings, None)
+
+
 @pytest.mark.parametrize(
     ("case", "change", "message"),
     [
@@ -91,13 +117,15 @@ def test_names_tell_the_format():
     names = [
         "a.qweight", "a.qzeros", "a.scales", "a.g_idx", "a.bias", "b.weight", "b.weight_scale_inv",
         "c_blocks", "c_scales", "c_bias", "d.weight", "d.weight_scale", "d.input_scale", "e.weight",
+        "f.gate_up_proj", "f.gate_up_proj_scale_inv", "f.gate_up_proj_activation_scale",
     ]  # fmt: skip
     found, ignored = packed_weights(names, {})
     assert {name: packed.kind for name, packed in found.items()} == {
         "a.weight": "GPTQ", "b.weight": "FP8", "c": "MXFP4", "d.weight": "compressed-tensors",
+        "f.gate_up_proj": "FP8",
     }  # fmt: skip
     assert found["c"] == Packed("MXFP4", {"blocks": "c_blocks", "scales": "c_scales"})
-    assert ignored == {"d.input_scale"}
+    assert ignored == {"d.input_scale", "f.gate_up_proj_activation_scale"}
     assert packed_weights(names[:3], {"quant_method": "awq"})[0]["a.weight"].kind == "AWQ"
 
 
@@ -227,6 +255,17 @@ def test_gpt_oss_as_its_makers_publish_it(tmp_path):
     with pytest.warns(Note, match="8 weights are MXFP4"):
         model = mcjax.load(write(tmp_path / "model", config | settings, packed))
     assert error(model(tokens), np.asarray(exact(tokens))) < 1e-6
+
+
+def test_settings_inside_a_wrapper(tmp_path):
+    config, tokens, logits, tensors = fixture("gemma3")
+    name = "model.layers.0.mlp.gate_proj"
+    tensors |= fp8(name, tensors[f"{name}.weight"].astype(np.float32))
+    inner = config | {"quantization_config": SETTINGS[fp8]}
+    outer = {"model_type": "gemma3", "text_config": inner}
+    with pytest.warns(Note, match="1 weights are FP8"):
+        model = mcjax.load(write(tmp_path / "model", outer, tensors))
+    assert np.corrcoef(np.ravel(model(tokens)), np.ravel(logits))[0, 1] > 0.9
 
 
 def test_a_packed_bias_that_is_not_zero_is_refused(tmp_path):

@@ -150,7 +150,8 @@ class Folder(Checkpoint):
             )
 
     def _harmless(self, name: str) -> bool:
-        if name.endswith("rotary_emb.inv_freq") or name.startswith("mtp."):
+        further = ("mtp.", f"{self.prefix}mtp_")  # predict tokens further on
+        if name.endswith("rotary_emb.inv_freq") or name.startswith(further):
             return True
         if self.decoder.tied and name.endswith("lm_head.weight"):
             return True
@@ -167,11 +168,18 @@ class Folder(Checkpoint):
 
     def _find_packed(self) -> None:
         """Finds weights in few bits, and the `names` that there are with these as if in floats."""
-        settings = self.values.pop("quantization_config", None) or self.values.get(
-            "compression_config", None
-        )
-        self.values.pop("compression_config", None)
+        inner = self.values.get("text_config")
+        if isinstance(inner, dict):
+            self.values["text_config"] = inner = dict(inner)
+        every = [self.values, *([inner] if isinstance(inner, dict) else [])]
+        names = ("quantization_config", "compression_config")
+        found = [own.pop(name, None) for own in every for name in names]
+        settings = next((own for own in found if isinstance(own, dict)), None)
         self._settings = settings or {}
+        types = [own.get(name) for own in every for name in ("dtype", "torch_dtype")]
+        self._dtype = next(
+            (t for t in types if t in ("bfloat16", "float16", "float32")), "bfloat16"
+        )
         try:
             self._packed, ignored = packed_weights(self.shards.keys(), self._settings)
         except ValueError as error:
@@ -191,8 +199,7 @@ class Folder(Checkpoint):
             return super()._value(name)
         packed = self._packed[name]
         parts = {part: super(Folder, self)._value(own) for part, own in packed.parts.items()}
-        dtype = self.values.get("dtype") or self.values.get("torch_dtype") or "bfloat16"
         try:
-            return unpacked(packed.kind, parts, self._settings, np.dtype(dtype))
+            return unpacked(packed.kind, parts, self._settings, np.dtype(self._dtype))
         except ValueError as error:
             raise ValueError(f"{self.path}: {name}: {error}") from None

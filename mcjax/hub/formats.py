@@ -33,7 +33,7 @@ _REFUSED = {
     r"\.W_q$": "HQQ",
 }
 
-_UNREAD = re.compile(r"\.((input|activation|input_global|output|k|v)_scale)$")
+_UNREAD = re.compile(r"(\.(input|input_global|output|k|v)|[._]activation)_scale$")
 """Scales of activations, which are not rounded here."""
 
 
@@ -94,6 +94,9 @@ def packed_weights(
             found[f"{base}.weight"] = _packed(
                 "compressed-tensors", names, base, wanted, ("weight_zero_point",)
             )
+        elif last.endswith("_scale_inv") and name.removesuffix("_scale_inv") in names:
+            base = name.removesuffix("_scale_inv")
+            found[base] = Packed("FP8", {"weight": base, "weight_scale_inv": name})
         elif name.endswith("_blocks"):
             base = name.removesuffix("_blocks")
             if f"{base}_scales" not in names:
@@ -136,7 +139,7 @@ def unpacked(
         return _awq(parts, settings)
     if kind == "GPTQ":
         return _gptq(parts, settings)
-    return _compressed(parts)
+    return _compressed(parts, settings)
 
 
 def _mxfp4(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
@@ -154,6 +157,8 @@ def _in_blocks(weight: np.ndarray, scale: np.ndarray, block: Any, dtype: Any) ->
     """A weight [d_out, d_in] times the scale of each of its blocks."""
     if scale.dtype == np.uint8:  # exponents
         scale = np.exp2(scale.astype(np.float32) - 127)
+    if scale.size == 1:
+        return (weight.astype(np.float32) * scale.astype(np.float32).reshape(-1)[0]).astype(dtype)
     sizes = []
     if scale.ndim != weight.ndim:
         raise ValueError(f"scales {scale.shape} are not of blocks of a weight {weight.shape}")
@@ -227,8 +232,10 @@ def _awq(parts: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> np.nda
     return _scaled(codes - np.repeat(zeros, each, axis=0), np.repeat(scales, each, axis=0)).T
 
 
-def _compressed(parts: Mapping[str, np.ndarray]) -> np.ndarray:
-    scale = parts["weight_scale"]
+def _compressed(parts: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> np.ndarray:
+    scale, arguments = parts["weight_scale"], _weight_arguments(settings)
+    if arguments.get("block_structure") and "weight_packed" not in parts:
+        return _in_blocks(parts["weight"], scale, arguments["block_structure"], scale.dtype)
     zero = parts.get("weight_zero_point")
     if "weight_packed" in parts:
         d_out, d_in = (int(n) for n in parts["weight_shape"])
@@ -249,7 +256,11 @@ def _compressed(parts: Mapping[str, np.ndarray]) -> np.ndarray:
     if "weight_g_idx" in parts:
         columns = parts["weight_g_idx"].astype(np.int64)
     else:
-        columns = np.arange(d_in) // -(-d_in // scale.shape[1])
+        size = arguments.get("group_size") if arguments.get("strategy") == "group" else None
+        size = size or -(-d_in // scale.shape[1])
+        if -(-d_in // size) != scale.shape[1]:
+            raise ValueError(f"weight_scale {scale.shape} is not of groups of {size} of {d_in}")
+        columns = np.arange(d_in) // size
     rows = np.arange(d_out) // (d_out // scale.shape[0])
     if columns.shape != (d_in,) or columns.max() >= scale.shape[1]:
         raise ValueError(f"weight_scale {scale.shape} does not fit a weight {codes.shape}")
@@ -258,6 +269,13 @@ def _compressed(parts: Mapping[str, np.ndarray]) -> np.ndarray:
     if zero is not None:
         codes = codes - zero.astype(np.float32)[at]
     return _scaled(codes, scale[at])
+
+
+def _weight_arguments(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What compressed-tensors' settings say of weights, where they say the same of all."""
+    groups = settings.get("config_groups") or {}
+    found = [group.get("weights") or {} for group in groups.values()]
+    return found[0] if found and all(own == found[0] for own in found) else {}
 
 
 def _scaled(codes: np.ndarray, scale: np.ndarray) -> np.ndarray:

@@ -19,6 +19,9 @@ WANTED = (
 )
 """What is taken from a repository: never pickles, never code."""
 
+UNWANTED = ("*/*", "consolidated*")
+"""Of that what is left: the same weights again, in their makers' own form."""
+
 
 def local(model: str | Path) -> Path:
     """Finds the folder of a model, downloading it if it is not here.
@@ -43,7 +46,10 @@ def local(model: str | Path) -> Path:
 
     try:
         folder = snapshot_download(
-            match["repository"], revision=match["revision"], allow_patterns=list(WANTED)
+            match["repository"],
+            revision=match["revision"],
+            allow_patterns=list(WANTED),
+            ignore_patterns=list(UNWANTED),
         )
     except errors.GatedRepoError:
         reason = (

@@ -170,6 +170,12 @@ class Delta:
     value_dim: int
     kernel: int
 
+    def __post_init__(self):
+        if self.value_heads % self.key_heads:
+            raise ValueError(
+                f"config: {self.value_heads} heads of values cannot share {self.key_heads} of keys"
+            )
+
     @property
     def channels(self) -> int:
         """Features that are convolved."""
@@ -272,9 +278,15 @@ class Routed:
     def __post_init__(self):
         if self.routing.top_k > self.experts:
             raise ValueError(f"config: {self.routing.top_k} experts per token of {self.experts}")
-        if self.experts % self.routing.groups:
+        r = self.routing
+        if self.experts % r.groups:
             raise ValueError(
-                f"config: {self.experts} experts do not lie in {self.routing.groups} equal groups"
+                f"config: {self.experts} experts do not lie in {r.groups} equal groups"
+            )
+        each = self.experts // r.groups
+        if r.groups > 1 and not (r.groups_kept <= r.groups and r.group_best <= each):
+            raise ValueError(
+                f"config: {r.groups_kept} of {r.groups} groups of {each} experts cannot be kept"
             )
 
 

@@ -153,7 +153,9 @@ def _llama3(own: Rope, frequencies: np.ndarray) -> np.ndarray:
     rope = own.config
     wavelength = 2 * math.pi / frequencies
     turns = rope.original_max_position_embeddings / wavelength
-    smooth = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    # Where both factors are the same, the step between them is a jump.
+    between = max(rope.high_freq_factor - rope.low_freq_factor, 1e-9)
+    smooth = (turns - rope.low_freq_factor) / between
     smooth = np.clip(smooth, 0, 1)
     return ((1 - smooth) * frequencies / rope.factor + smooth * frequencies).astype(np.float32)
 

@@ -94,7 +94,7 @@ def describe(config: Mapping[str, Any]) -> tuple[ModuleType, Decoder]:
     fields = Fields(config)
     try:
         decoder = PAGES[kind].decoder(fields)
-    except TypeError as error:
-        raise ValueError(f"config: a field has the wrong type: {error}") from None
+    except (TypeError, AttributeError, ArithmeticError, LookupError) as error:
+        raise ValueError(f"config: a field has an impossible value: {error}") from None
     fields.finish()
     return PAGES[kind], decoder

@@ -25,6 +25,9 @@ def decoder(fields: Fields) -> Decoder:
     fields.only("indexer_types", ["full"] * count)  # others reuse an earlier layer's keys
     fields.only("index_topk_freq", 1)
     fields.only("rope_interleave", True)
+    fields.only("indexer_rope_interleave", index.interleaved)
+    if fields.get("q_lora_rank", None) is None:
+        raise ValueError("config: q_lora_rank is missing, from whose latent the index is made")
     fields.only("index_topk_pattern", None, "F" * count)
     fields.get("index_skip_topk_offset", None)
     return deepseek_v3.of_layers(fields, latent(fields, interleaved=True, index=index))

@@ -16,6 +16,10 @@ def decoder(fields: Fields) -> Decoder:
     """Describes an ERNIE 4.5 from its config."""
     fields.only("hidden_act", "silu")
     fields.only("use_bias", False)
+    fields.only("use_rmsnorm", True)
+    fields.only("moe_gate", "topk")
+    fields.only("moe_use_aux_free", True)
+    fields.get("moe_capacity", None)  # of training
     count = fields.size("num_hidden_layers")
     mixer = shared.heads(fields, theta=5e5, interleaved=True)
     width = fields.size("moe_intermediate_size")

@@ -128,11 +128,17 @@ class Fields:
 
     def rotated(self, head_dim: int, share: float = 1.0) -> int:
         """How many features of a head are rotated; `share` where the config does not say."""
-        given = self.get("rope_parameters", None) or self.get("rope_scaling", None) or {}
+        given = self._of_rotation()
         if self.get("rotary_dim", None) is not None:
             share = self.size("rotary_dim") / head_dim
         share = self.number("partial_rotary_factor", given.get("partial_rotary_factor", share))
         return int(head_dim * share)
+
+    def _of_rotation(self) -> Mapping[str, Any]:
+        given = self.get("rope_parameters", None) or self.get("rope_scaling", None) or {}
+        if not isinstance(given, Mapping):
+            raise ValueError(f"config: parameters of the rotation must be an object, got {given!r}")
+        return given
 
     def layer_types(
         self, usual: Sequence[str], known: Collection[str] = ATTENTION_TYPES
@@ -170,7 +176,7 @@ class Fields:
           ValueError: for an unknown type or parameter, or an impossible base.
         """
         longest = self.size("max_position_embeddings")
-        given = self.get("rope_parameters", None) or self.get("rope_scaling", None) or {}
+        given = self._of_rotation()
         if kind is not None and kind in given:
             given = given[kind]
         known = {f.name for f in dataclasses.fields(RopeConfig)}
@@ -182,6 +188,11 @@ class Fields:
         if own["rope_type"] not in ROPE_TYPES:
             raise ValueError(f"config: unknown rope type {own['rope_type']!r}; one of {ROPE_TYPES}")
         base = self.get("rope_theta", theta)
+        for name, value in {"rope_theta": base, **own}.items():
+            if name not in ("rope_type", "short_factor", "long_factor") and not isinstance(
+                value, int | float
+            ):
+                raise ValueError(f"config: {name} of the rotation must be a number, got {value!r}")
         own["rope_theta"] = float(own.get("rope_theta", base))
         if not math.isfinite(own["rope_theta"]) or own["rope_theta"] <= 0:
             raise ValueError(f"config: rope_theta must be positive, got {own['rope_theta']!r}")

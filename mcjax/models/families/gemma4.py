@@ -39,6 +39,7 @@ def decoder(fields: Fields) -> Decoder:
     fields.get("vocab_size_per_layer_input", None)
     fields.get("use_double_wide_mlp", None)  # of layers that share keys
     width, count = fields.size("hidden_size"), fields.size("num_hidden_layers")
+    fields.get("rope_parameters")  # which differ between layers, so none is the usual one
     usual = ["sliding_attention" if (i + 1) % 6 else "full_attention" for i in range(count)]
     types = [*fields.layer_types(usual)[:-1], "full_attention"]
     local = Heads(
@@ -47,7 +48,7 @@ def decoder(fields: Fields) -> Decoder:
         head_dim=fields.size("head_dim", 256),
         scale=1.0,
         rope=fields.rope(fields.size("head_dim", 256), "sliding_attention"),
-        window=fields.window(),
+        window=fields.size("sliding_window", 512),
         qk_norm=QKNorm(),
         value_norm=True,
         bias=fields.flag("attention_bias"),

@@ -16,6 +16,7 @@ def decoder(fields: Fields) -> Decoder:
     """Describes a Hunyuan-A13B from its config."""
     fields.only("hidden_act", "silu")
     width, count = fields.size("intermediate_size"), fields.size("num_hidden_layers")
+    _fold_alpha(fields)
     layer = Layer(
         mixer=shared.heads(fields, qk_norm=QKNorm(rotated=True), **shared.both_biases(fields)),
         block=Routed(
@@ -26,6 +27,21 @@ def decoder(fields: Fields) -> Decoder:
         ),
     )
     return shared.model(fields, [layer] * count, norm_eps=1e-5)
+
+
+def _fold_alpha(fields: Fields) -> None:
+    """Makes of a "dynamic" rotation with an alpha, whose base is fixed, the usual one of that base.
+
+    theta' = theta alpha^(d / (d - 2))
+    """
+    for name in ("rope_parameters", "rope_scaling"):
+        given = fields.values.get(name) or {}
+        if given.get("alpha") and given.get("type", given.get("rope_type")) == "dynamic":
+            heads, width = fields.size("num_attention_heads"), fields.size("hidden_size")
+            d = fields.size("head_dim", width // heads)
+            theta = given.get("rope_theta", fields.get("rope_theta", 1e4))
+            base = theta * given["alpha"] ** (d / (d - 2))
+            fields.values[name] = {"rope_type": "default", "rope_theta": base}
 
 
 def _same(fields: Fields, name: str, layers: int) -> int:

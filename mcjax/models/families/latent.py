@@ -23,6 +23,7 @@ def latent(fields: Fields, *, interleaved: bool | None = None, **more: Any) -> L
     heads, nope = fields.size("num_attention_heads"), fields.size("qk_nope_head_dim")
     fields.only("num_key_value_heads", heads)
     fields.get("qk_head_dim", None)
+    fields.get("partial_rotary_factor", None)  # the rotated features are counted apart
     if interleaved is None:
         interleaved = fields.flag("rope_interleave", True)
     rope = fields.rope(fields.size("qk_rope_head_dim"), interleaved=interleaved)

@@ -37,8 +37,9 @@ def decoder(fields: Fields) -> Decoder:
         Layer(mixer=mixers[kind], block=dense if i < first else routed)
         for i, kind in enumerate(fields.layer_types(["full_attention"] * count, mixers))
     ]
-    tied = fields.flag("tie_embedding", True)
-    return shared.model(fields, layers, norm_eps=1e-5, tied=tied, eps_field="norm_eps")
+    if fields.get("tie_embedding", None) is not None:  # which wins
+        fields.values["tie_word_embeddings"] = fields.flag("tie_embedding")
+    return shared.model(fields, layers, norm_eps=1e-5, tied=True, eps_field="norm_eps")
 
 
 def outside(decoder: Decoder) -> list:

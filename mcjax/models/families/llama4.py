@@ -7,7 +7,7 @@ from typing import Any
 from mcjax.models.decoder import Decoder, Dense, Layer, QKNorm, Routed, Routing, Temperature
 from mcjax.models.families import shared
 from mcjax.models.families.fields import Fields
-from mcjax.models.families.tensors import fused, gated, keep, linear
+from mcjax.models.families.tensors import experts, fused, gated, keep, linear
 
 MODEL_TYPES = ("llama4_text",)
 NAME = "Llama 4 (text)"
@@ -26,7 +26,9 @@ def decoder(fields: Fields) -> Decoder:
     rotated = fields.get("no_rope_layers", ()) or [(i + 1) % every != 0 for i in range(count)]
     if len(rotated) != count:
         raise ValueError(f"config: {len(rotated)} no_rope_layers for {count} layers")
-    chunk = fields.get("attention_chunk_size", 8192)
+    chunk: int | None = fields.size("attention_chunk_size", 8192)
+    if fields.values.get("attention_chunk_size", chunk) is None:
+        chunk = None
     types = fields.layer_types(
         ["chunked_attention" if r and chunk else "full_attention" for r in rotated],
         ("full_attention", "chunked_attention"),
@@ -82,6 +84,11 @@ def tensors(layer: Layer) -> list:
         *rules,
         linear("block.router", f"{at}.router"),
         *gated("block.shared", f"{at}.shared_expert"),
-        fused(gate, up, f"{at}.experts.gate_up_proj", -1, False),
-        keep(down, f"{at}.experts.down_proj"),
+        (
+            [
+                fused(gate, up, f"{at}.experts.gate_up_proj", -1, False),
+                keep(down, f"{at}.experts.down_proj"),
+            ],
+            experts(at)[0],  # of checkpoints that llm-compressor made
+        ),
     ]

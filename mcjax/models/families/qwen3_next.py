@@ -20,6 +20,8 @@ CHECKED = (
 def decoder(fields: Fields) -> Decoder:
     """Describes a Qwen3-Next from its config."""
     fields.only("hidden_act", "silu")
+    fields.only("attn_output_gate", True)
+    fields.get("mamba_ssm_dtype", None)  # of the recurrent state, which is float32 here
     count = fields.size("num_hidden_layers")
     mixers: dict[str, Any] = {
         "full_attention": shared.heads(
