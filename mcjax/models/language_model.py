@@ -13,9 +13,10 @@ from jax.sharding import PartitionSpec
 
 from mcjax import odp
 from mcjax.models import experts, weights
-from mcjax.models.attention import DRAFTED, Context, KeyValues, Latents, heads, latent
+from mcjax.models.attention import DRAFTED, Context, KeyValues, heads
 from mcjax.models.decoder import Convolution, Decoder, Delta, Dense, Heads, Latent, Layer
 from mcjax.models.delta import delta
+from mcjax.models.latent import Latents, latent
 from mcjax.models.norms import rms_norm
 from mcjax.models.recurrent import Recurrent, convolution
 from mcjax.models.rope import STRETCHED
