@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mcjax import rotation
 from mcjax import tables as tables_lib
 
 WORD = 32
@@ -20,7 +21,7 @@ WORD = 32
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["planes", "tables"],
-    meta_fields=["widths", "d_in", "group_size"],
+    meta_fields=["widths", "d_in", "group_size", "rotated"],
 )
 @dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class BitPlanes:
@@ -32,7 +33,8 @@ class BitPlanes:
         W_k[i, o] = offset_k[g(i), o] + sum_{p<k} alpha_k[p, g(i), o] * (2 b_p[i, o] - 1)
 
     A narrower width reads fewer planes and another table; it never changes a bit. d_in is padded
-    to a whole number of groups; padded features never reach a result.
+    to a whole number of groups; padded features never reach a result. If the weight is `rotated`,
+    W_k is R' times the weight, with R of `mcjax.rotation`; products then rotate what they multiply.
 
     Attributes:
       planes: uint32 [..., bits, words, groups, d_out], ``words = group_size / 32``; bit j of word
@@ -41,6 +43,7 @@ class BitPlanes:
       widths: the widths that have a table, ascending; the last is the number of planes.
       d_in: input features, without padding.
       group_size: input features that share a table entry, a multiple of 32.
+      rotated: whether its input features are rotated.
     """
 
     planes: jax.Array
@@ -48,6 +51,7 @@ class BitPlanes:
     widths: tuple[int, ...]
     d_in: int
     group_size: int
+    rotated: bool = False
 
     @property
     def bits(self) -> int:
@@ -104,13 +108,16 @@ class BitPlanes:
         """`slice` of one width."""
         if width not in self.widths:
             raise ValueError(f"width {width} is not one of the stored widths {self.widths}")
-        return BitPlanes(
+        return replace(
+            self,
             planes=self.planes[..., :width, :, :, :],
             tables=(self.tables[self.widths.index(width)],),
             widths=(width,),
-            d_in=self.d_in,
-            group_size=self.group_size,
         )
+
+    def unrotated(self) -> BitPlanes:
+        """The same planes as those of R' W, which multiply rows that are rotated already."""
+        return replace(self, rotated=False)
 
     def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
         """The weight at its full width, [..., d_in, d_out] of `dtype`."""
@@ -138,9 +145,17 @@ class BitPlanes:
         x = jnp.moveaxis(x.reshape(*x.shape[:-1], words, WORD, groups), -1, -3)
         return x.reshape(*x.shape[:-3], -1)[..., : self.d_in]
 
-    def _values(self) -> jax.Array:
-        value = jnp.swapaxes(self.in_plane_order(), -1, -2)
-        return jnp.swapaxes(self.feature_order(value), -1, -2)
+    def values(self, alpha: jax.Array, offset: jax.Array) -> jax.Array:
+        """The weight [..., d_in, d_out] with other numbers than its table's.
+
+        Args:
+          alpha: float32 [..., bits, groups, d_out].
+          offset: float32 [..., groups, d_out].
+        """
+        value = jnp.swapaxes(unpack_signs(self.planes, alpha, offset), -1, -2)
+        value = self.feature_order(value)
+        value = rotation.unrotate(value) if self.rotated else value
+        return jnp.swapaxes(value, -1, -2)
 
     def codes(self) -> jax.Array:
         """The integer codes, uint8 [..., d_in, d_out], most significant plane first."""
@@ -152,7 +167,7 @@ class BitPlanes:
 
 @partial(jax.jit, static_argnums=1)
 def _dequantize(planes: BitPlanes, dtype: Any) -> jax.Array:
-    return planes._values().astype(dtype)
+    return planes.values(*tables_lib.decode(planes.tables[-1], planes.bits)).astype(dtype)
 
 
 @partial(
@@ -216,6 +231,15 @@ class MixedPlanes:
     def group_size(self) -> int:
         """Input features that share a table entry."""
         return self.stacks[0].group_size
+
+    @property
+    def rotated(self) -> bool:
+        """Whether input features are rotated."""
+        return self.stacks[0].rotated
+
+    def unrotated(self) -> MixedPlanes:
+        """As `BitPlanes.unrotated`."""
+        return replace(self, stacks=tuple(stack.unrotated() for stack in self.stacks))
 
     @property
     def nbytes(self) -> int:
@@ -391,7 +415,10 @@ def resolve_group_size(d_in: int, group_size: int | None) -> int:
 
 
 def empty(
-    shape: Sequence[int], widths: int | Sequence[int], group_size: int | None = None
+    shape: Sequence[int],
+    widths: int | Sequence[int],
+    group_size: int | None = None,
+    rotated: bool = False,
 ) -> BitPlanes:
     """All-zero planes and tables of a given logical shape, for initialisers and restoring.
 
@@ -399,6 +426,7 @@ def empty(
       shape: logical [..., d_in, d_out].
       widths: one width, or the widths to keep tables for, ascending.
       group_size: see `resolve_group_size`.
+      rotated: as in `BitPlanes`.
     """
     widths = (int(widths),) if isinstance(widths, int | np.integer) else tuple(widths)
     *batch, d_in, d_out = shape
@@ -412,6 +440,7 @@ def empty(
         widths=widths,
         d_in=d_in,
         group_size=group_size,
+        rotated=rotated,
     )
 
 

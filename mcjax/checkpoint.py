@@ -32,7 +32,7 @@ from mcjax.models import weights
 from mcjax.models.decoder import Decoder
 from mcjax.models.families import describe
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 MANIFEST = "manifest.json"
 INTERCEPT = (*weights.BLOCK, "intercept")
 BY_EXPERT = tuple(".".join((*weights.EXPERTS, name, "")) for name in ("gate", "up", "down"))
@@ -210,6 +210,15 @@ class ArtifactReader:
                 self.expert_bytes_read += value.nbytes
         return values
 
+    def read_all(self, checkpoint: str) -> dict[str, np.ndarray]:
+        """Reads every leaf of a checkpoint, by name."""
+        leaves = {}
+        for leaf, sums in self.manifest["checksums"][checkpoint].items():
+            split = leaf.startswith(BY_EXPERT)
+            rows = self.read((checkpoint, leaf, row if split else None) for row in range(len(sums)))
+            leaves[leaf] = np.stack(rows) if split else rows[0]
+        return leaves
+
     def dtype(self, checkpoint: str, leaf: str) -> Any:
         """The type of a leaf.
 
@@ -269,6 +278,7 @@ def read_planes(
     widths: tuple[int, ...],
     d_in: int,
     group_size: int,
+    rotated: bool,
 ) -> BitPlanes:
     """One weight that is not chunked: the planes of the widest width and a table for each."""
     parts = [f"{leaf}.plane_{p}" for p in range(widths[-1])]
@@ -280,6 +290,7 @@ def read_planes(
         widths=widths,
         d_in=d_in,
         group_size=group_size,
+        rotated=rotated,
     )
 
 

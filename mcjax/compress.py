@@ -27,6 +27,8 @@ from mcjax.models.families import describe
 from mcjax.models.language_model import embed
 from mcjax.notes import note
 from mcjax.quantize import quantize
+from mcjax.serving import ATTENTION_BITS
+from mcjax.tune_artifact import tune_artifact
 
 ATTENTION_WIDTHS = (2, 3, 4, 8)
 ATTENTION_WEIGHTS = (0.0625, 0.25, 1.0, 1.0)
@@ -45,8 +47,17 @@ TRAVELS = (
 RARE_SHARE = 0.1
 """An expert is rare if it gets less than this share of the tokens that an even split would give."""
 
-EFFORTS = {"fast": 1, "normal": 6, "thorough": 15}
-"""Rounds of descent after the GPTQ pass, see `mcjax.quantize`."""
+EFFORTS = {"fast": 1, "normal": 6, "thorough": 15, "best": 6}
+"""Rounds of descent after the GPTQ pass, see `mcjax.quantize`. The best effort then tunes tables,
+see `mcjax.tune_artifact`."""
+
+TUNED = "best"
+
+TUNING = "tuning.npz"
+"""What an interrupted tuning goes on from."""
+
+UNTUNED = "untuned"
+"""Where layers are from which tuning began, once those that it wrote have taken their place."""
 
 GRAM_BYTES = 1 << 29
 """What the Gram matrices of experts may take at once: they are made and used by blocks of experts.
@@ -90,7 +101,8 @@ def compress(
       resume: go on from layers that an interrupted run with the same inputs left behind, and keep
         those finished if this one is interrupted.
       experts: planes of each layer's `gate`, `up` and `down` that were made otherwise, by once-QAT
-        for instance, with a table for each width up to `max_bits`; None quantises the model's.
+        for instance, rotated and with a table for each width up to `max_bits`; None quantises the
+        model's.
       batch_tokens: about how many calibration tokens are computed at once.
       progress: wraps the iteration over layers, called with (items, description=...).
 
@@ -134,6 +146,7 @@ def compress(
         "config": folder.values,
         "max_bits": max_bits,
         "group_size": group_size,
+        "rotated": True,
         "effort": effort,
         "attention_widths": list(ATTENTION_WIDTHS),
         "calibration": {
@@ -150,11 +163,15 @@ def compress(
     partial_out = out.parent / f".{out.name}.partial"
     _prepare(partial_out, identity, resume)
     try:
-        manifest = _run(folder, windows, partial_out, identity, experts, batch_tokens, progress)
+        manifest, y = _run(folder, windows, partial_out, identity, experts, batch_tokens, progress)
         _copy_beside(folder.path, partial_out)
+        if effort == TUNED:
+            manifest = _tune(partial_out, manifest, windows, y, progress)
         checkpoint.write_manifest(partial_out, manifest)
         for i in range(len(decoder.layers)):
             (partial_out / f"layer_{i}.json").unlink()
+        shutil.rmtree(partial_out / UNTUNED, ignore_errors=True)
+        (partial_out / TUNING).unlink(missing_ok=True)
         (partial_out / "identity.json").unlink()
         os.replace(partial_out, out)
     except BaseException as error:
@@ -189,16 +206,21 @@ def _check_experts(experts, decoder: Decoder, max_bits: int) -> None:
         raise ValueError(f"experts of {len(experts)} layers for {len(layers)}")
     for i, given in zip(layers, experts, strict=True):
         for role in weights.budgeted(decoder, decoder.layers[i]):
-            name, expected = role.path[-1], (role.shape, tuple(range(1, max_bits + 1)))
-            if (given[name].shape, given[name].widths) != expected:
+            name, expected = role.path[-1], (role.shape, tuple(range(1, max_bits + 1)), True)
+            planes = given[name]
+            if (planes.shape, planes.widths, planes.rotated) != expected:
                 raise ValueError(
-                    f"experts' {name} has shape {given[name].shape} and widths "
-                    f"{given[name].widths}, want {expected[0]} and {expected[1]}"
+                    f"experts' {name} has shape {planes.shape}, widths {planes.widths} and "
+                    f"rotated={planes.rotated}, want {expected[0]}, {expected[1]} and True"
                 )
 
 
 def _run(folder, windows, directory, identity, given, batch_tokens, progress):
-    """Works through the layers, skipping those already saved; returns the manifest."""
+    """Works through the layers, skipping those already saved.
+
+    Returns:
+      The manifest, and what the last layer gives, float32 [N, T, D].
+    """
     decoder = folder.decoder
     outside = folder.read_rest()
     rest_sums = checkpoint.save_tree(directory / "rest", _narrow(outside), ())
@@ -212,7 +234,7 @@ def _run(folder, windows, directory, identity, given, batch_tokens, progress):
         x = _one_layer(folder, i, x, batch, directory, identity, given_here)
         records.append(read_json(directory / f"layer_{i}.json"))
     names = ("frequency", "routing_weight", "error", "ratio", "slope")
-    return {
+    manifest = {
         **identity,
         "statistics": {
             "bits": list(range(1, identity["max_bits"] + 1)),
@@ -224,6 +246,27 @@ def _run(folder, windows, directory, identity, given, batch_tokens, progress):
             **{f"layers/{i}": record["checksums"] for i, record in enumerate(records)},
         },
     }
+    return manifest, x
+
+
+def _tune(directory: Path, manifest: dict[str, Any], windows, y, progress) -> dict[str, Any]:
+    """Trains the tables of an artifact that is whole but for its place; its manifest as it is now.
+
+    The layers as they were stay beside those written anew until all of these are there.
+    """
+    checkpoint.write_manifest(directory, manifest)
+    reader = checkpoint.ArtifactReader(directory)
+    keep, layers, tuned = (directory / name for name in (TUNING, "layers", "tuned"))
+    tables = tune_artifact(reader, windows, y, ATTENTION_BITS, keep, progress)
+    shutil.rmtree(tuned, ignore_errors=True)
+    tuned.mkdir()
+    sums = dict(manifest["checksums"])
+    for i, of_layer in enumerate(tables):
+        leaves = reader.read_all(f"layers/{i}") | of_layer
+        sums[f"layers/{i}"] = checkpoint.save_tree(tuned / str(i), leaves, checkpoint.BY_EXPERT)
+    layers.rename(directory / UNTUNED)
+    tuned.rename(layers)
+    return {**manifest, "checksums": sums}
 
 
 def _one_layer(folder, i: int, x: np.ndarray, batch: int, directory: Path, identity, experts):
@@ -269,7 +312,8 @@ def _observe(decoder: Decoder, i: int, own: Any, x: np.ndarray, batch: int, want
 def _quantize_layer(decoder: Decoder, i: int, own: Any, grams, seen, identity, experts):
     """Quantises and measures one layer: what the manifest needs, and planes by path."""
     layer = decoder.layers[i]
-    effort = {"group_size": identity["group_size"], "sweeps": EFFORTS[identity["effort"]]}
+    effort = {name: identity[name] for name in ("group_size", "rotated")}
+    effort |= {"sweeps": EFFORTS[identity["effort"]]}
     shared_out = weights.budgeted(decoder, layer)
     paths = {role.path for role in shared_out}
     others: dict[str, dict[tuple[str, ...], Any]] = {}
@@ -354,6 +398,9 @@ def _prepare(directory: Path, identity: dict[str, Any], resume: bool) -> None:
                 "remove it or run without --resume"
             )
         shutil.rmtree(directory / "rest", ignore_errors=True)
+        if (directory / UNTUNED).exists():
+            shutil.rmtree(directory / "layers", ignore_errors=True)
+            (directory / UNTUNED).rename(directory / "layers")
         return
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir()

@@ -66,7 +66,6 @@ def read_layers(
       other_bits: width of the other products' weights.
     """
     decoder, room = reader.decoder, _Room(reader)
-    group_size = reader.manifest["group_size"]
     params: dict[str, Any] = {}
     by_layer: dict[int, list[Callable]] = {i: [] for i in range(len(decoder.layers))}
     for member in weights.members(decoder):
@@ -75,9 +74,9 @@ def read_layers(
         for role in weights.roles(member.layer, decoder.width):
             if role.path in paths:
                 widths = weights.widths_of(decoder, member, role, allocation)
-                made, fills = _mixed(room, role, mine, widths, group_size)
+                made, fills = _mixed(room, role, mine, widths)
             elif role.tap is not None:
-                made, fills = _uniform(room, role, mine, other_bits, group_size)
+                made, fills = _uniform(room, role, mine, other_bits)
             else:
                 made, fills = _plain(room, role, mine)
             weights.put(params, member.path + role.path, made)
@@ -97,9 +96,9 @@ def _plain(room: _Room, role: Role, layers: Sequence[int]):
     return made, [partial(room.fill, i, role.name, None, made[r]) for r, i in enumerate(layers)]
 
 
-def _uniform(room: _Room, role: Role, layers: Sequence[int], bits: int, group_size: int | None):
+def _uniform(room: _Room, role: Role, layers: Sequence[int], bits: int):
     """`BitPlanes` [R, ...] of one width, and what fills each layer's part."""
-    made = _empty_planes(room, (len(layers), *role.shape), (bits,), group_size)
+    made = _empty_planes(room, (len(layers), *role.shape), (bits,))
 
     def fill(r, i):
         for p in range(bits):
@@ -109,14 +108,12 @@ def _uniform(room: _Room, role: Role, layers: Sequence[int], bits: int, group_si
     return made, [partial(fill, r, i) for r, i in enumerate(layers)]
 
 
-def _mixed(
-    room: _Room, role: Role, layers: Sequence[int], widths: np.ndarray, group_size: int | None
-):
+def _mixed(room: _Room, role: Role, layers: Sequence[int], widths: np.ndarray):
     """`MixedPlanes` [R, ...] of the widths int [R, ...], and what fills each layer's part."""
     stack, slot = places(widths)
     shape = role.shape[-2:]
     stacks = [
-        _empty_planes(room, (int((widths == k).sum()), *shape), (int(k),), group_size)
+        _empty_planes(room, (int((widths == k).sum()), *shape), (int(k),))
         for k in np.unique(widths)
     ]
 
@@ -133,8 +130,9 @@ def _mixed(
     return made, [partial(fill, r, i) for r, i in enumerate(layers)]
 
 
-def _empty_planes(room: _Room, shape, widths, group_size) -> Any:
-    like = jax.eval_shape(partial(empty, shape, widths, group_size))
+def _empty_planes(room: _Room, shape, widths) -> Any:
+    recipe = room.reader.manifest
+    like = jax.eval_shape(partial(empty, shape, widths, recipe["group_size"], recipe["rotated"]))
     return jax.tree.map(lambda a: room.empty(a.shape, a.dtype), like)
 
 
@@ -248,20 +246,24 @@ def read_draft_tables(reader: ArtifactReader, params: Any, draft: int) -> dict[s
     return params
 
 
-def read_every_width(reader: ArtifactReader, i: int) -> dict[str, BitPlanes]:
-    """The weights of layer i that a budget is about, by name, with the tables of all widths."""
-    decoder = reader.decoder
-    room, bits = _Room(reader), tuple(reader.manifest["statistics"]["bits"])
-    made = {}
-    for role in weights.budgeted(decoder, decoder.layers[i]):
-        planes = _empty_planes(room, role.shape, bits, reader.manifest["group_size"])
+def read_every_width(reader: ArtifactReader, i: int) -> dict[tuple[str, ...], BitPlanes]:
+    """The planes of layer i by their paths, with the tables of all widths."""
+    decoder, manifest = reader.decoder, reader.manifest
+    layer, room, made = decoder.layers[i], _Room(reader), {}
+    paths = {role.path for role in weights.budgeted(decoder, layer)}
+    for role in weights.roles(layer, decoder.width):
+        if role.tap is None:
+            continue
+        budgeted = role.path in paths
+        bits = tuple(manifest["statistics"]["bits"] if budgeted else manifest["attention_widths"])
+        planes = _empty_planes(room, role.shape, bits)
         for row in range(role.shape[0]) if role.routed else (None,):
             own = slice(None) if row is None else row
             for p in range(bits[-1]):
                 room.fill(i, f"{role.name}.plane_{p}", row, planes.planes[own][..., p, :, :, :])
             for k, table in zip(bits, planes.tables, strict=True):
                 room.fill(i, f"{role.name}.table_{k}", row, table[own])
-        made[role.path[-1]] = planes
+        made[role.path] = planes
     room.read()
     return jax.device_put(made)
 

@@ -98,6 +98,6 @@ def _register(kind: Any, data: tuple[str, ...], meta: tuple[str, ...]) -> None:
     flax.serialization.register_serialization_state(kind, to_state, from_state)
 
 
-_register(BitPlanes, ("planes", "tables"), ("widths", "d_in", "group_size"))
+_register(BitPlanes, ("planes", "tables"), ("widths", "d_in", "group_size", "rotated"))
 _register(MixedPlanes, ("stacks", "stack", "slot"), ("most",))
 _register(Model, ("params",), ("module", "path", "bytes_read", "expert_bytes_read"))

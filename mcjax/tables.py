@@ -17,6 +17,8 @@ and store delta and offset. The encoding is ours.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -105,6 +107,59 @@ def decode(table: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
     if not has_offset(width):
         return alpha, jnp.zeros_like(alpha[..., 0, :, :])
     return alpha, offset_ratio(table[..., -1, :, :]) * jnp.sum(alpha, axis=-3)
+
+
+def to_parameters(table: jax.Array, width: int) -> dict[str, jax.Array]:
+    """A table as what trains.
+
+    Args:
+      table: uint8 [..., num_rows(width), groups, d_out].
+      width: that it goes with.
+
+    Returns:
+      `steps` float32 [..., num_steps(width), groups, d_out], log2 of the step sizes, and where the
+      width has one `offset` float32 [..., groups, d_out], in half spans. A step of 0 becomes one
+      that is far too small to be stored as anything else.
+    """
+    steps = step_value(table[..., : num_steps(width), :, :])
+    parameters = {"steps": jnp.log2(jnp.maximum(steps, 2.0**-30))}
+    if has_offset(width):
+        parameters["offset"] = offset_ratio(table[..., -1, :, :])
+    return parameters
+
+
+def from_parameters(parameters: Mapping[str, jax.Array], width: int) -> jax.Array:
+    """The inverse of `to_parameters`, rounded to what can be stored."""
+    codes, steps = round_step(jnp.exp2(parameters["steps"]))
+    if not has_offset(width):
+        return codes
+    half = jnp.sum(_alphas(steps, width), axis=-3)
+    offset, _ = round_offset(parameters["offset"] * half, half)
+    return jnp.concatenate([codes, offset[..., None, :, :]], axis=-3)
+
+
+def decode_parameters(
+    parameters: Mapping[str, jax.Array], width: int
+) -> tuple[jax.Array, jax.Array]:
+    """As `decode` of `from_parameters`, with gradients as if nothing were rounded."""
+    steps = jnp.exp2(parameters["steps"])
+    alpha = _alphas(straight_through(steps, round_step(steps)[1]), width)
+    if not has_offset(width):
+        return alpha, jnp.zeros_like(alpha[..., 0, :, :])
+    half = jnp.sum(alpha, axis=-3)
+    offset = parameters["offset"] * half
+    return alpha, straight_through(offset, round_offset(offset, half)[1])
+
+
+def straight_through(smooth: jax.Array, value: jax.Array) -> jax.Array:
+    """`value`, with the gradient of `smooth`."""
+    return smooth + jax.lax.stop_gradient(value - smooth)
+
+
+def _alphas(steps: jax.Array, width: int) -> jax.Array:
+    """Steps [..., steps, groups, d_out] as alphas [..., width, groups, d_out]."""
+    # No sum of broadcast arrays: XLA on CPU gets some of those wrong, see `mcjax.quantize.nested`.
+    return jnp.einsum("...sgo,sp->...pgo", steps, basis(width), precision="highest")
 
 
 def offset_ratio(code: jax.Array) -> jax.Array:

@@ -227,6 +227,7 @@ def save(path: str | Path, tree: Mapping[str, Any], note: Any = None) -> None:
                 "d_in": leaf.d_in,
                 "group_size": leaf.group_size,
                 "widths": list(leaf.widths),
+                "rotated": leaf.rotated,
             }
     with whole(path) as aside:
         aside.mkdir()
@@ -260,7 +261,7 @@ def load(path: str | Path, bits: int | None = None) -> dict[str, Any]:
             raise ValueError(f"bits {bits} is not one of {name}'s widths {widths}")
         chosen = widths if bits is None else (bits,)
         flat[name] = checkpoint.read_planes(
-            reader, KIND, name, chosen, shape["d_in"], shape["group_size"]
+            reader, KIND, name, chosen, shape["d_in"], shape["group_size"], shape["rotated"]
         )
     return checkpoint.unflatten(flat)
 

@@ -56,7 +56,7 @@ def start(artifact: Path, params: Any) -> tuple[Any, Any, Any]:
     trained, specs = {}, {}
     for member in weights.members(decoder):
         for role in weights.budgeted(decoder, member.layer):
-            each = [every[i][role.path[-1]] for i in member.numbers]
+            each = [every[i][role.path] for i in member.numbers]
             planes = jax.tree.map(lambda *layers: jnp.stack(layers), *each)
             path = member.path + role.path
             weights.put(kept, path, weights.get(params, path))
@@ -66,6 +66,7 @@ def start(artifact: Path, params: Any) -> tuple[Any, Any, Any]:
                 widths=widths,
                 group_size=bitplane.resolve_group_size(role.shape[-2], group_size),
                 act_bits=None,
+                rotated=planes.rotated,
             )
     return trained, kept, specs
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from mcjax import odp
 from mcjax.models.decoder import Activation, Dense, Routed, Routing
 from mcjax.models.norms import rms_norm
-from mcjax.ops import choice, device, dot, expert_map, expert_rows_dot
+from mcjax.ops import aligned, choice, device, dot, expert_map, expert_rows_dot
 from mcjax.ops.dot import expert_product
 from mcjax.ops.route import route as most_probable
 
@@ -184,12 +184,15 @@ def apply_experts(
       [N, D]; zeros where a row is not kept.
     """
     platform = device.platform()
-    how = expert_product(index.shape[0], weights["gate"], act_bits, product)
+    x, (gate, up) = aligned(x, weights["gate"], weights["up"])  # before rows are repeated
+    weights = {**weights, "gate": gate, "up": up}
+    how = expert_product(index.shape[0], gate, act_bits, product)
     if (
         how == "popcount"
         and platform == "gpu"
         and spec.activation == Activation()
         and not spec.bias
+        and not weights["down"].rotated  # it rounds hidden features as they come
     ):
         from mcjax.ops import dp4a  # what it needs of Pallas is slow to import
 

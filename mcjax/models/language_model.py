@@ -86,6 +86,17 @@ def embed(decoder: Decoder, params: Any, tokens: Any, dtype: Any) -> jax.Array:
     return x
 
 
+def predict(decoder: Decoder, norm: jax.Array, head: jax.Array, x: jax.Array) -> jax.Array:
+    """Logits [B, T, rows of the head] of what leaves the last layer, x [B, T, D]."""
+    x = rms_norm(x, norm, decoder.norm_eps)
+    logits = narrow_dot(x.reshape(-1, decoder.width), head).reshape(*x.shape[:-1], -1)
+    if decoder.logit_scale != 1:
+        logits = logits * decoder.logit_scale
+    if decoder.logit_cap is not None:
+        logits = decoder.logit_cap * jnp.tanh(logits / decoder.logit_cap)
+    return logits
+
+
 def _protected(x, context: Context, taps) -> jax.Array:
     """The tokens [B, T] of a prompt whose experts are all computed, see `mcjax.odp`."""
     attention = taps.get("attention")
@@ -160,14 +171,8 @@ def _forward(decoder, params, tokens, positions, cache, length, only, *, dtype, 
             cache[name] = held
     if only is not None:
         x = jnp.take_along_axis(x, only[:, None, None], axis=1)
-    x = rms_norm(x, params["norm"], decoder.norm_eps)
     head = params["embedding" if decoder.tied else "head"]
-    logits = narrow_dot(x.reshape(-1, decoder.width), head).reshape(*x.shape[:-1], -1)
-    if decoder.logit_scale != 1:
-        logits = logits * decoder.logit_scale
-    if decoder.logit_cap is not None:
-        logits = decoder.logit_cap * jnp.tanh(logits / decoder.logit_cap)
-    return logits, cache, tapped
+    return predict(decoder, params["norm"], head, x), cache, tapped
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))

@@ -7,6 +7,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from mcjax import rotation
 from mcjax.bitplane import BitPlanes, MixedPlanes
 from mcjax.ops import choice, device
 from mcjax.ops.grouped import Weight, expert_map
@@ -21,6 +22,20 @@ def dense(weight: Weight, dtype=jnp.float32) -> jax.Array:
     if isinstance(weight, BitPlanes | MixedPlanes):
         return weight.dequantize(dtype)
     return weight.astype(dtype)
+
+
+def aligned(x: jax.Array, *weights: Weight) -> tuple[jax.Array, tuple[Weight, ...]]:
+    """Rows as their weights' planes multiply them, and these weights for rows that are so.
+
+    Weights that multiply the same rows have them rotated once by this; others are as they were.
+
+    Args:
+      x: [..., d_in].
+      *weights: of logical shape [..., d_in, d_out].
+    """
+    if all(isinstance(w, BitPlanes | MixedPlanes) and w.rotated for w in weights):
+        return rotation.rotate(x), tuple(w.unrotated() for w in weights)
+    return x, weights
 
 
 def dot(
@@ -60,6 +75,7 @@ def dot(
 def _dot(
     x: jax.Array, planes: BitPlanes | MixedPlanes, act_bits: int | None, product: str | None
 ) -> jax.Array:
+    x, (planes,) = aligned(x, planes)
     rows = x.reshape(-1, x.shape[-1])
     platform = device.platform()
     if product is not None and (
@@ -121,6 +137,7 @@ def expert_dot(
         )
 
     def every(x, planes, index, keep):
+        x, (planes,) = aligned(x, planes)
         rows = jnp.repeat(x, index.shape[1], axis=0)
         keep = None if keep is None else keep.reshape(-1)
         y = expert_rows_dot(rows, planes, index.reshape(-1), keep, act_bits, product)
@@ -142,6 +159,7 @@ def expert_rows_dot(
     Otherwise as `expert_dot`.
     """
     platform = device.platform()
+    x, (planes,) = aligned(x, planes)
     how = expert_product(x.shape[0], planes, act_bits, product)
     if isinstance(planes, BitPlanes | MixedPlanes):  # what these need of Pallas is slow to import
         if how == "popcount" and platform == "gpu":

@@ -15,12 +15,13 @@ ours.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from mcjax import rotation
 from mcjax import tables as tables_lib
 from mcjax.bitplane import BitPlanes, pack, padded, resolve_group_size
 
@@ -37,12 +38,14 @@ class QuantSpec:
       act_bits: 8 rounds activations dynamically, row by row; 2 to 7 with a learned step (LSQ, arXiv
         1902.08153); None leaves them.
       frozen: weights are `BitPlanes` of the one width that the layer is asked for, see `freeze`.
+      rotated: whether input features are rotated before weights are quantised, see `BitPlanes`.
     """
 
     widths: tuple[int, ...] = (8, 4, 3, 2, 1)
     group_size: int | None = None
     act_bits: int | None = 8
     frozen: bool = False
+    rotated: bool = False
 
     def __post_init__(self):
         widths = self.widths
@@ -95,7 +98,7 @@ def init_quantizer(w: jax.Array, spec: QuantSpec) -> dict[str, dict[str, jax.Arr
       For each width, "k": `steps` float32 [..., steps, groups, d_out], log2 of the step sizes, and
       where the width has one `offset` float32 [..., groups, d_out], in half spans.
     """
-    real = _grouped(jnp.ones_like(w), spec)
+    real = _grouped(jnp.ones_like(w), replace(spec, rotated=False))
     count = jnp.maximum(jnp.sum(real, axis=-2), 1)
     spread = jnp.sqrt(jnp.sum(_grouped(w, spec) ** 2, axis=-2) / count)[..., None, :, :]
     quantizer = {}
@@ -111,13 +114,10 @@ def init_quantizer(w: jax.Array, spec: QuantSpec) -> dict[str, dict[str, jax.Arr
 
 def from_planes(planes: BitPlanes) -> dict[str, dict[str, jax.Array]]:
     """The tables of planes as trainable parameters, see `init_quantizer`."""
-    quantizer = {}
-    for k, table in zip(planes.widths, planes.tables, strict=True):
-        steps = tables_lib.step_value(table[..., : tables_lib.num_steps(k), :, :])
-        quantizer[str(k)] = {"steps": jnp.log2(jnp.maximum(steps, 2.0**-30))}
-        if tables_lib.has_offset(k):
-            quantizer[str(k)]["offset"] = tables_lib.offset_ratio(table[..., -1, :, :])
-    return quantizer
+    return {
+        str(k): tables_lib.to_parameters(table, k)
+        for k, table in zip(planes.widths, planes.tables, strict=True)
+    }
 
 
 def codes(w: jax.Array, quantizer: Any, spec: QuantSpec) -> jax.Array:
@@ -161,8 +161,9 @@ def fake_quant(w: jax.Array, quantizer: Any, spec: QuantSpec, bits: int) -> jax.
     inside = (grouped >= low) & (grouped <= high)
     passed = jnp.where(inside, grouped, jax.lax.stop_gradient(grouped))
     value = value + (passed - jax.lax.stop_gradient(passed))
-    value = value.reshape(*w.shape[:-2], -1, w.shape[-1])
-    return value[..., : w.shape[-2], :].astype(w.dtype)
+    value = value.reshape(*w.shape[:-2], -1, w.shape[-1])[..., : w.shape[-2], :]
+    value = rotation.unrotate_inputs(value) if spec.rotated else value
+    return value.astype(w.dtype)
 
 
 def freeze(w: jax.Array, quantizer: Any, spec: QuantSpec) -> BitPlanes:
@@ -175,21 +176,13 @@ def freeze(w: jax.Array, quantizer: Any, spec: QuantSpec) -> BitPlanes:
     """
     widths = tuple(reversed(spec.widths))
     group = spec.group_of(w.shape[-2])
-    stored = []
-    for k in widths:
-        mine = quantizer[str(k)]
-        step, value = tables_lib.round_step(jnp.exp2(mine["steps"]))
-        if tables_lib.has_offset(k):
-            half = _half_span(value, k)
-            code, _ = tables_lib.round_offset(mine["offset"] * half, half)
-            step = jnp.concatenate([step, code[..., None, :, :]], axis=-3)
-        stored.append(step)
     return BitPlanes(
         planes=pack(codes(w, quantizer, spec), widths[-1], group),
-        tables=tuple(stored),
+        tables=tuple(tables_lib.from_parameters(quantizer[str(k)], k) for k in widths),
         widths=widths,
         d_in=w.shape[-2],
         group_size=group,
+        rotated=spec.rotated,
     )
 
 
@@ -216,48 +209,23 @@ def fake_quant_activations(
         scale = jnp.where(peak > 0, peak / top, 1.0)
     else:
         share = (x.shape[-1] * top) ** -0.5
-        scale = _straight_through(step * share, step)
+        scale = tables_lib.straight_through(step * share, step)
     level = jnp.clip(wide / scale, -top, top)
-    return (_straight_through(level, jnp.round(level)) * scale).astype(x.dtype)
-
-
-def _straight_through(smooth: jax.Array, value: jax.Array) -> jax.Array:
-    """`value`, with the gradient of `smooth`."""
-    return smooth + jax.lax.stop_gradient(value - smooth)
-
-
-def _half_span(steps: jax.Array, width: int) -> jax.Array:
-    return jnp.sum(_alphas(steps, width), axis=-3)
-
-
-def _alphas(steps: jax.Array, width: int) -> jax.Array:
-    """Steps [..., steps, groups, d_out] as alphas [..., width, groups, d_out]."""
-    # No sum of broadcast arrays: XLA on CPU gets some of those wrong, see `mcjax.quantize.nested`.
-    return jnp.einsum("...sgo,sp->...pgo", steps, tables_lib.basis(width), precision="highest")
+    return (tables_lib.straight_through(level, jnp.round(level)) * scale).astype(x.dtype)
 
 
 def _decode_all(quantizer: Any, spec: QuantSpec) -> dict[int, tuple[jax.Array, jax.Array]]:
     """For each width alpha [..., k, groups, d_out] and offset [..., groups, d_out], as stored."""
-    decoded = {}
-    for k in spec.widths:
-        mine = quantizer[str(k)]
-        steps = jnp.exp2(mine["steps"])
-        steps = _straight_through(steps, tables_lib.round_step(steps)[1])
-        alpha = _alphas(steps, k)
-        offset = jnp.zeros_like(alpha[..., 0, :, :])
-        if tables_lib.has_offset(k):
-            half = jnp.sum(alpha, axis=-3)
-            smooth = mine["offset"] * half
-            offset = _straight_through(smooth, tables_lib.round_offset(smooth, half)[1])
-        decoded[k] = alpha, offset
-    return decoded
+    return {k: tables_lib.decode_parameters(quantizer[str(k)], k) for k in spec.widths}
 
 
 def _grouped(w: jax.Array, spec: QuantSpec) -> jax.Array:
-    """[..., d_in, d_out] to float32 [..., groups, group, d_out], padded with zeros."""
+    """[..., d_in, d_out] to float32 [..., groups, group, d_out], rotated and padded with zeros."""
     *batch, d_in, d_out = w.shape
     extra = padded(d_in) - d_in
-    w = jnp.pad(w.astype(jnp.float32), [(0, 0)] * len(batch) + [(0, extra), (0, 0)])
+    w = w.astype(jnp.float32)
+    w = rotation.rotate_inputs(w) if spec.rotated else w
+    w = jnp.pad(w, [(0, 0)] * len(batch) + [(0, extra), (0, 0)])
     return w.reshape(*batch, -1, spec.group_of(d_in), d_out)
 
 

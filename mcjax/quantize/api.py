@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mcjax import rotation
 from mcjax.bitplane import BitPlanes, pack, padded, resolve_group_size
 from mcjax.quantize import gram as gram_lib
 from mcjax.quantize.nested import quantize_matrix
@@ -26,6 +27,7 @@ def quantize(
     *,
     widths: Sequence[int] | None = None,
     weights: Sequence[float] | None = None,
+    rotated: bool = False,
     damping: float = 0.03,
     sweeps: int = 6,
     chunk: int = CHUNK,
@@ -41,6 +43,8 @@ def quantize(
         plain squared error of the weights.
       widths: widths that get a table, ascending up to `bits`; by default 1..bits.
       weights: lambda_k, how much each width's error counts; by default 4**(k - 1).
+      rotated: rotates input features first, see `mcjax.rotation`; for trained weights and inputs,
+        of which some stand out.
       damping: fraction of the Gram matrix's mean diagonal added to its diagonal.
       sweeps: rounds of coordinate descent after the GPTQ pass.
       chunk: most weights that are worked on at once, which bounds the memory and changes nothing
@@ -77,19 +81,26 @@ def quantize(
         widths=widths,
         weights=weights,
         group_size=group_size,
+        rotated=rotated,
         damping=damping,
         sweeps=sweeps,
         chunk=chunk,
     )
 
 
-@partial(jax.jit, static_argnames=("widths", "weights", "group_size", "chunk"))
-def _quantize(w, gram, *, widths, weights, group_size, damping, sweeps, chunk):
+@partial(jax.jit, static_argnames=("widths", "weights", "group_size", "rotated", "chunk"))
+def _quantize(w, gram, *, widths, weights, group_size, rotated, damping, sweeps, chunk):
     d_in = w.shape[-2]
     extra = padded(d_in) - d_in
-    w = jnp.pad(w.astype(jnp.float32), [(0, 0)] * (w.ndim - 2) + [(0, extra), (0, 0)])
+    w = w.astype(jnp.float32)
     if gram is not None:
-        gram = gram_lib.pad(gram_lib.condition(gram, damping), padded(d_in))
+        gram = gram_lib.condition(gram, damping)
+    if rotated:
+        w = rotation.rotate_inputs(w)
+        gram = None if gram is None else rotation.rotate_gram(gram)
+    w = jnp.pad(w, [(0, 0)] * (w.ndim - 2) + [(0, extra), (0, 0)])
+    if gram is not None:
+        gram = gram_lib.pad(gram, padded(d_in))
     leading, d_out = w.shape[:-2], w.shape[-1]
     w, gram = jax.tree.map(lambda a: a.reshape(-1, *a.shape[-2:]), (w, gram))
     columns = min(d_out, max(1, chunk // w.shape[-2]))
@@ -114,6 +125,7 @@ def _quantize(w, gram, *, widths, weights, group_size, damping, sweeps, chunk):
         widths=widths,
         d_in=d_in,
         group_size=group_size,
+        rotated=rotated,
     )
 
 

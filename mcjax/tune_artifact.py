@@ -1,0 +1,350 @@
+"""Tables of an artifact trained end to end against the dense model, one layer dense at a time.
+
+At each of a few *settings*, a width for what budgets are about and one for all else, the tables of
+these widths learn to give the dense model's predictions:
+
+    minimise  mean_t KL(softmax(h(x_t)) || softmax(h(x'_t)))
+
+with x the last layer's outputs in the dense model, x' those at the setting and h norm and head, for
+the tokens of calibration windows. Tables that an earlier setting trained stay as they are. A step
+runs forward and back through the layers one by one; a layer's weights are made of its planes when
+it is their turn, so memory holds all planes and one layer dense. Planes never change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from mcjax import parameters
+from mcjax import tables as tables_lib
+from mcjax.atomic import whole
+from mcjax.bitplane import BitPlanes
+from mcjax.checkpoint import ArtifactReader
+from mcjax.models import weights
+from mcjax.models.attention import Context
+from mcjax.models.decoder import Decoder, Layer
+from mcjax.models.language_model import embed, predict, run_layer
+
+STEPS = {1: 48, 2: 64, 3: 48, 4: 32}
+"""Of each width; of wider ones the least."""
+
+STEP_TOKENS = 1024
+"""About how many tokens a step learns from."""
+
+LEARNING_RATE = 8e-3
+"""Of log2 steps and of offsets at most: it rises in a twentieth of the steps, then falls."""
+
+CLIP = 1.0
+"""Greatest norm of a gradient."""
+
+KEEP_EVERY = 16
+"""Steps after which what is trained is kept for a run that goes on."""
+
+Path_ = tuple[str, ...]
+
+
+class Setting(NamedTuple):
+    """What a few steps train.
+
+    Attributes:
+      budgeted: width of the weights that a budget is about.
+      others: widths of all else, which take turns.
+      steps: how many.
+    """
+
+    budgeted: int
+    others: tuple[int, ...]
+    steps: int
+
+
+def settings(widths: Sequence[int], others: Sequence[int], usual: int) -> tuple[Setting, ...]:
+    """The settings of an artifact, in order: from the widest down.
+
+    Args:
+      widths: of what budgets are about.
+      others: of all else.
+      usual: at which all else is served unless asked otherwise.
+    """
+    found = []
+    for k in sorted(widths, reverse=True):
+        both = (usual, k) if k in others and k != usual else (usual,)
+        found.append(Setting(k, both, STEPS.get(k, min(STEPS.values()))))
+    return tuple(found)
+
+
+class Weights(NamedTuple):
+    """One layer's weights.
+
+    Attributes:
+      planes: with the tables of all widths, by path.
+      rest: arrays, by path.
+      budgeted: the paths that a budget is about.
+    """
+
+    planes: dict[Path_, BitPlanes]
+    rest: dict[Path_, jax.Array]
+    budgeted: frozenset[Path_]
+
+
+def tune_artifact(
+    reader: ArtifactReader,
+    windows: np.ndarray,
+    target: np.ndarray,
+    usual: int,
+    keep: Path,
+    progress: Callable[..., Any],
+) -> list[dict[str, np.ndarray]]:
+    """Trains the tables of every width.
+
+    Args:
+      reader: of the artifact.
+      windows: calibration tokens int [N, T].
+      target: float [N, T, D], what the dense model's last layer gives for them.
+      usual: width at which what budgets are not about is served unless another is asked for.
+      keep: a file that an interrupted run goes on from.
+      progress: wraps the iteration over steps, called with (items, description=...).
+
+    Returns:
+      For each layer its tables uint8, by the names of their leaves, "mixer.o.table_2".
+    """
+    decoder, manifest = reader.decoder, reader.manifest
+    layers = [_read(reader, i) for i in range(len(decoder.layers))]
+    outside = parameters.read_rest(reader)
+    used = np.unique(windows)
+    head = jnp.asarray(outside["embedding" if decoder.tied else "head"])[used].astype(jnp.float32)
+    every = settings(manifest["statistics"]["bits"], manifest["attention_widths"], usual)
+    steps = [(setting, n) for setting in every for n in range(setting.steps)]
+    state = _State(layers, every)
+    first = state.restore(keep)
+    batch = max(1, STEP_TOKENS // windows.shape[1])
+    order = np.random.default_rng(0).permutation(len(windows))
+    model = _Model(decoder, layers, outside, head)
+    for number in progress(range(first, len(steps)), description="tuning"):
+        setting, n = steps[number]
+        if n == 0:
+            state.begin(setting)
+        some = order[np.arange(number * batch, (number + 1) * batch) % len(order)]
+        wide = setting.others[n % len(setting.others)]
+        gradients = model.gradients(state, wide, windows[some], target[some])[1]
+        state.update(gradients, _rate(n, setting.steps))
+        if n + 1 == setting.steps:
+            state.end()
+        if (number + 1) % KEEP_EVERY == 0 or number + 1 == len(steps):
+            state.save(keep, number + 1)
+    return state.stored()
+
+
+def _read(reader: ArtifactReader, i: int) -> Weights:
+    """Layer i of an artifact."""
+    decoder = reader.decoder
+    layer = decoder.layers[i]
+    names = [role for role in weights.roles(layer, decoder.width) if role.tap is None]
+    values = reader.read((f"layers/{i}", role.name, None) for role in names)
+    rest = {r.path: jnp.asarray(v, jnp.float32) for r, v in zip(names, values, strict=True)}
+    budgeted = frozenset(role.path for role in weights.budgeted(decoder, layer))
+    return Weights(parameters.read_every_width(reader, i), rest, budgeted)
+
+
+Tables = dict[tuple[Path_, int], Any]
+"""Trees of what trains by a weight's path and a width."""
+
+
+class _State:
+    """Every layer's tables, the optimiser's moments, and what earlier settings have trained."""
+
+    def __init__(self, layers: Sequence[Weights], every: Sequence[Setting]):
+        self.layers, self.every = layers, every
+        self.tables: list[Tables] = [
+            {
+                (path, k): tables_lib.to_parameters(table, k)
+                for path, planes in layer.planes.items()
+                for k, table in zip(planes.widths, planes.tables, strict=True)
+            }
+            for layer in layers
+        ]
+        self.moments: list[Tables] = [{} for _ in layers]
+        self.done: set[tuple[bool, int]] = set()
+        self.setting = every[0]
+
+    def widths(self, i: int, others: int) -> dict[Path_, int]:
+        """The width of each of layer i's weights, where all else has width `others`."""
+        layer, own = self.layers[i], self.setting.budgeted
+        return {path: own if path in layer.budgeted else others for path in layer.planes}
+
+    def begin(self, setting: Setting) -> None:
+        """Starts a setting, whose tables have moments of their own."""
+        self.setting = setting
+        for i, layer in enumerate(self.layers):
+            self.moments[i] = {}
+            for others in setting.others:
+                for path, k in self.widths(i, others).items():
+                    if (path in layer.budgeted, k) not in self.done:
+                        self.moments[i][path, k] = _ADAM.init(self.tables[i][path, k])
+
+    def update(self, gradients: Sequence[Tables], rate: float) -> None:
+        """Takes a step along gradients of some of the tables."""
+        squares = [_square(list(of_layer.values())) for of_layer in gradients]
+        norm = float(np.sqrt(sum(map(float, squares))))
+        scale = min(1.0, CLIP / max(norm, 1e-30))
+        for i, of_layer in enumerate(gradients):
+            for key, gradient in of_layer.items():
+                self.tables[i][key], self.moments[i][key] = _step(
+                    self.tables[i][key], self.moments[i][key], gradient, scale, rate
+                )
+
+    def end(self) -> None:
+        """Has later settings leave what this one trained."""
+        self.done |= {(True, self.setting.budgeted)}
+        self.done |= {(False, others) for others in self.setting.others}
+
+    def stored(self) -> list[dict[str, np.ndarray]]:
+        """See `tune_artifact`."""
+        return [
+            {
+                f"{'.'.join(path)}.table_{k}": np.asarray(tables_lib.from_parameters(one, k))
+                for (path, k), one in tables.items()
+            }
+            for tables in self.tables
+        ]
+
+    def save(self, keep: Path, step: int) -> None:
+        """Writes all that a run goes on from, whole or not at all."""
+        leaves = jax.tree.leaves([[list(d.values()) for d in self.tables], self._moments])
+        with whole(keep) as aside, open(aside, "wb") as file:
+            np.savez(file, step, *map(np.asarray, leaves))
+
+    @property
+    def _moments(self) -> list[list[Any]]:
+        return [list(moments.values()) for moments in self.moments]
+
+    def restore(self, keep: Path) -> int:
+        """Reads what `save` wrote, if it is there; returns the step to go on with."""
+        if not keep.exists():
+            return 0
+        with np.load(keep) as file:
+            step, *leaves = (jnp.asarray(file[name]) for name in file.files)
+        left = int(step)
+        for setting in self.every:
+            self.begin(setting)
+            if left < setting.steps:
+                break
+            left -= setting.steps
+            self.end()
+        like = [[list(d.values()) for d in self.tables], self._moments]
+        tables, moments = jax.tree.unflatten(jax.tree.structure(like), leaves)
+        for kept, new in ((self.tables, tables), (self.moments, moments)):
+            for own, values in zip(kept, new, strict=True):
+                own |= dict(zip(own, values, strict=True))
+        return int(step)
+
+
+_ADAM = optax.scale_by_adam(b2=0.99)
+
+
+def _rate(step: int, steps: int) -> float:
+    """The learning rate of step 0, 1, ... of so many."""
+    warm = max(2, steps // 20)
+    if step < warm:
+        return LEARNING_RATE * (step + 1) / warm
+    part = (step - warm) / max(1, steps - warm)
+    return LEARNING_RATE * (0.05 + 0.95 * 0.5 * (1 + float(np.cos(np.pi * part))))
+
+
+@jax.jit
+def _step(table: Any, moments: Any, gradient: Any, scale, rate):
+    gradient = jax.tree.map(lambda g: g * scale, gradient)
+    change, moments = _ADAM.update(gradient, moments, table)
+    return jax.tree.map(lambda value, d: value - rate * d, table, change), moments
+
+
+@jax.jit
+def _square(tree: Any) -> jax.Array:
+    return sum((jnp.sum(leaf**2) for leaf in jax.tree.leaves(tree)), jnp.float32(0))
+
+
+class _Model(NamedTuple):
+    """The model at a setting, run layer by layer."""
+
+    decoder: Decoder
+    layers: Sequence[Weights]
+    outside: Any
+    head: jax.Array
+
+    def gradients(
+        self, state: _State, others: int, tokens: np.ndarray, target: np.ndarray
+    ) -> tuple[jax.Array, list[Tables]]:
+        """The divergence, and each layer's gradient by the tables that train."""
+        decoder = self.decoder
+        x = embed(decoder, self.outside, tokens, jnp.float32)
+        inputs = []
+        for i, layer in enumerate(decoder.layers):
+            inputs.append(x)
+            x = _forward(layer, decoder.norm_eps, self._own(state, i, others), x)
+        norm = self.outside["norm"]
+        value, change = _divergence(decoder, norm, self.head, x, jnp.asarray(target))
+        gradients: list[Tables] = [{} for _ in inputs]
+        for i in reversed(range(len(inputs))):
+            own = self._own(state, i, others)
+            of_own, change = _backward(decoder.layers[i], decoder.norm_eps, own, inputs[i], change)
+            del own
+            for path, k in state.widths(i, others).items():
+                if (path, k) in state.moments[i]:
+                    planes = self.layers[i].planes[path].slice(k)
+                    gradients[i][path, k] = _table_gradient(
+                        planes, state.tables[i][path, k], weights.get(of_own, path)
+                    )
+        return value, gradients
+
+    def _own(self, state: _State, i: int, others: int) -> dict[str, Any]:
+        """Layer i's weights, dense."""
+        own: dict[str, Any] = {}
+        for path, value in self.layers[i].rest.items():
+            weights.put(own, path, value)
+        for path, k in state.widths(i, others).items():
+            planes = self.layers[i].planes[path].slice(k)
+            weights.put(own, path, _dense(planes, state.tables[i][path, k]))
+        return own
+
+
+@jax.jit
+def _dense(planes: BitPlanes, table: Any) -> jax.Array:
+    return planes.values(*tables_lib.decode_parameters(table, planes.bits))
+
+
+@jax.jit
+def _table_gradient(planes: BitPlanes, table: Any, change: jax.Array) -> Any:
+    return jax.vjp(partial(_dense, planes), table)[1](change)[0]
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _forward(layer: Layer, eps: float, own: Any, x: jax.Array) -> jax.Array:
+    context = Context(jnp.arange(x.shape[1], dtype=jnp.int32)[None], None)
+    return run_layer(layer, own, x, context, None, eps)[0]
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _backward(layer: Layer, eps: float, own: Any, x: jax.Array, change: jax.Array):
+    return jax.vjp(partial(_forward, layer, eps), own, x)[1](change)
+
+
+@partial(jax.jit, static_argnums=0)
+def _divergence(decoder: Decoder, norm, head, x, target):
+    """Mean divergence of x's predictions from the target's, and its gradient by x."""
+
+    def logs(x):
+        return jax.nn.log_softmax(predict(decoder, norm, head, x).astype(jnp.float32))
+
+    expected = logs(target)
+
+    def loss(x):
+        return jnp.mean(jnp.sum(jnp.exp(expected) * (expected - logs(x)), axis=-1))
+
+    return jax.value_and_grad(loss)(x)
