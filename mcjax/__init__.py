@@ -4,11 +4,11 @@ Quantise once with `quantize` (one weight) or `mcjax compress` (a model); then `
 `load(path, budget=...)` and `Model.refine` serve any precision of the same bits, `load(folder)` the
 model as it is, of any of the `families`. `dot` and
 `expert_dot` multiply with planes, `pmq` shares a budget out among experts, `odp` skips experts
-while serving. `tree` quantises any other parameter tree, `qat` trains a network once for every
-width, and `lumix` mixes labels.
+while serving, `tune` trains a loaded model's tables. `tree` quantises any other parameter tree, `qat`
+trains a network once for every width, and `lumix` mixes labels.
 """
 
-from mcjax import lumix, odp, pmq, portable, qat, tree
+from mcjax import lumix, odp, pmq, portable, qat, tree, tune
 from mcjax.bitplane import BitPlanes, MixedPlanes
 from mcjax.models.families import families
 from mcjax.ops import dot, expert_dot
@@ -30,4 +30,5 @@ __all__ = [
     "qat",
     "quantize",
     "tree",
+    "tune",
 ]

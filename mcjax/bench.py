@@ -294,6 +294,7 @@ def random_params(decoder: Decoder, dtype: Any, widths: Sequence[int] = (), othe
     def generator(path):
         return np.random.default_rng(zlib.crc32(".".join(path).encode()))
 
+    planes_of = partial(bitplane.empty, rotated=True)  # as those of artifacts are
     params: dict[str, Any] = {}
     for role in weights.rest(decoder):
         weights.put(params, role.path, array(generator(role.path), role))
@@ -307,12 +308,12 @@ def random_params(decoder: Decoder, dtype: Any, widths: Sequence[int] = (), othe
             if role.path in paths:
                 each = np.resize(widths, (count, *role.shape[:-2]))
                 stacks = [
-                    _fill(rng, bitplane.empty((int((each == k).sum()), *shape), int(k)))
+                    _fill(rng, planes_of((int((each == k).sum()), *shape), int(k)))
                     for k in np.unique(each)
                 ]
                 made: Any = bitplane.mixed(stacks, each)
             elif widths and role.tap is not None:
-                made = _fill(rng, bitplane.empty((count, *role.shape), other))
+                made = _fill(rng, planes_of((count, *role.shape), other))
             else:
                 made = array(rng, role, (count,))
             weights.put(params, path, made)

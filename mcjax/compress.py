@@ -28,7 +28,7 @@ from mcjax.models.language_model import embed
 from mcjax.notes import note
 from mcjax.quantize import quantize
 from mcjax.serving import ATTENTION_BITS
-from mcjax.tune_artifact import tune_artifact
+from mcjax.tune_artifact import Setting, outputs, settings, tokens_wanted, tune_artifact
 
 ATTENTION_WIDTHS = (2, 3, 4, 8)
 ATTENTION_WEIGHTS = (0.0625, 0.25, 1.0, 1.0)
@@ -137,8 +137,8 @@ def compress(
     ends = decoder.eos_token_ids
     tokens = text.encode_file(folder.tokenizer_path, calibration, decoder.vocab_size, ends)
     begin = text.beginning(folder.tokenizer_path, decoder.vocab_size, bos)
-    windows = text.windows(tokens, seq_len, "calibration text", begin)
-    windows = text.spread(windows, samples)
+    every = text.windows(tokens, seq_len, "calibration text", begin)
+    windows, lessons = text.spread(every, samples), None
 
     identity = {
         "format_version": checkpoint.FORMAT_VERSION,
@@ -156,6 +156,11 @@ def compress(
             "crc32": checkpoint.crc32(windows),
         },
     }
+    plan: Sequence[Setting] = ()
+    if effort == TUNED:
+        plan = settings(decoder, range(1, max_bits + 1), ATTENTION_WIDTHS, ATTENTION_BITS)
+        lessons = text.spread(every, -(-tokens_wanted(plan) // seq_len))
+        identity["tuning"] = {"windows": len(lessons), "crc32": checkpoint.crc32(lessons)}
     if experts is not None:
         _check_experts(experts, decoder, max_bits)
         leaves = jax.tree.leaves(list(experts))
@@ -163,10 +168,11 @@ def compress(
     partial_out = out.parent / f".{out.name}.partial"
     _prepare(partial_out, identity, resume)
     try:
-        manifest, y = _run(folder, windows, partial_out, identity, experts, batch_tokens, progress)
+        options = partial_out, identity, experts, batch_tokens, progress
+        manifest, target = _run(folder, windows, lessons, *options)
         _copy_beside(folder.path, partial_out)
-        if effort == TUNED:
-            manifest = _tune(partial_out, manifest, windows, y, progress)
+        if lessons is not None:
+            manifest = _tune(partial_out, manifest, plan, lessons, target, progress)
         checkpoint.write_manifest(partial_out, manifest)
         for i in range(len(decoder.layers)):
             (partial_out / f"layer_{i}.json").unlink()
@@ -215,23 +221,24 @@ def _check_experts(experts, decoder: Decoder, max_bits: int) -> None:
                 )
 
 
-def _run(folder, windows, directory, identity, given, batch_tokens, progress):
+def _run(folder, windows, lessons, directory, identity, given, batch_tokens, progress):
     """Works through the layers, skipping those already saved.
 
     Returns:
-      The manifest, and what the last layer gives, float32 [N, T, D].
+      The manifest, and what the last layer gives for `lessons`, float32 [N, T, D].
     """
     decoder = folder.decoder
     outside = folder.read_rest()
     rest_sums = checkpoint.save_tree(directory / "rest", _narrow(outside), ())
-    x = np.array(embed(decoder, outside, windows, jnp.float32))
+    tokens = windows if lessons is None else np.concatenate([windows, lessons])
+    x = np.array(embed(decoder, outside, tokens, jnp.float32))
     del outside
     batch = max(1, min(len(windows), batch_tokens // windows.shape[1]))
     places = weights.budgeted_layers(decoder)
     records = []
     for i in progress(range(len(decoder.layers)), description="layers"):
         given_here = given[places.index(i)] if given is not None and i in places else None
-        x = _one_layer(folder, i, x, batch, directory, identity, given_here)
+        x = _one_layer(folder, i, x, len(windows), batch, directory, identity, given_here)
         records.append(read_json(directory / f"layer_{i}.json"))
     names = ("frequency", "routing_weight", "error", "ratio", "slope")
     manifest = {
@@ -246,10 +253,12 @@ def _run(folder, windows, directory, identity, given, batch_tokens, progress):
             **{f"layers/{i}": record["checksums"] for i, record in enumerate(records)},
         },
     }
-    return manifest, x
+    return manifest, x[len(windows) :]
 
 
-def _tune(directory: Path, manifest: dict[str, Any], windows, y, progress) -> dict[str, Any]:
+def _tune(
+    directory: Path, manifest: dict[str, Any], plan: Sequence[Setting], lessons, target, progress
+) -> dict[str, Any]:
     """Trains the tables of an artifact that is whole but for its place; its manifest as it is now.
 
     The layers as they were stay beside those written anew until all of these are there.
@@ -257,7 +266,7 @@ def _tune(directory: Path, manifest: dict[str, Any], windows, y, progress) -> di
     checkpoint.write_manifest(directory, manifest)
     reader = checkpoint.ArtifactReader(directory)
     keep, layers, tuned = (directory / name for name in (TUNING, "layers", "tuned"))
-    tables = tune_artifact(reader, windows, y, ATTENTION_BITS, keep, progress)
+    tables = tune_artifact(reader, plan, lessons, target, keep, progress)
     shutil.rmtree(tuned, ignore_errors=True)
     tuned.mkdir()
     sums = dict(manifest["checksums"])
@@ -269,7 +278,9 @@ def _tune(directory: Path, manifest: dict[str, Any], windows, y, progress) -> di
     return {**manifest, "checksums": sums}
 
 
-def _one_layer(folder, i: int, x: np.ndarray, batch: int, directory: Path, identity, experts):
+def _one_layer(
+    folder, i: int, x: np.ndarray, watched: int, batch: int, directory: Path, identity, experts
+):
     """Saves a layer unless it is there; returns its output for all windows, and holds no more."""
     decoder = folder.decoder
     stored: dict[str, Any] = {}
@@ -278,7 +289,7 @@ def _one_layer(folder, i: int, x: np.ndarray, batch: int, directory: Path, ident
     folder.unmap()
     own = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), stored)
     done = directory / f"layer_{i}.json"
-    y, grams, seen = _observe(decoder, i, own, x, batch, not done.exists())
+    y, grams, seen = _observe(decoder, i, own, x, 0 if done.exists() else watched, batch)
     if done.exists():
         return y
     shutil.rmtree(directory / "layers" / str(i), ignore_errors=True)
@@ -295,17 +306,18 @@ def _one_layer(folder, i: int, x: np.ndarray, batch: int, directory: Path, ident
     return y
 
 
-def _observe(decoder: Decoder, i: int, own: Any, x: np.ndarray, batch: int, wanted: bool):
-    """A layer's output for all windows, and sums and what its experts see if they are `wanted`."""
+def _observe(decoder: Decoder, i: int, own: Any, x: np.ndarray, watched: int, batch: int):
+    """A layer's output for all windows, and sums and what experts see of the first `watched`."""
+    layer, eps = decoder.layers[i], decoder.norm_eps
     y, grams, batches = np.empty_like(x), None, []
-    run = partial(observe, decoder.layers[i], decoder.width, decoder.norm_eps, own)
-    for start in range(0, len(x), batch):
+    for start in range(0, watched, batch):
+        some = slice(start, min(start + batch, watched))
+        y[some], of_batch, seen = observe(layer, decoder.width, eps, own, x[some])
+        grams = of_batch if grams is None else jax.tree.map(jnp.add, grams, of_batch)
+        batches.append(Seen(*map(np.asarray, seen)))
+    for start in range(watched, len(x), batch):
         some = slice(start, start + batch)
-        new, of_batch, seen = run(x[some])
-        y[some] = new
-        if wanted:
-            grams = of_batch if grams is None else jax.tree.map(jnp.add, grams, of_batch)
-            batches.append(Seen(*map(np.asarray, seen)))
+        y[some] = outputs(layer, eps, own, x[some])
     return y, grams, batches
 
 

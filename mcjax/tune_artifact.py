@@ -6,13 +6,17 @@ these widths learn to give the dense model's predictions:
     minimise  mean_t KL(softmax(h(x_t)) || softmax(h(x'_t)))
 
 with x the last layer's outputs in the dense model, x' those at the setting and h norm and head, for
-the tokens of calibration windows. Tables that an earlier setting trained stay as they are. A step
-runs forward and back through the layers one by one; a layer's weights are made of its planes when
-it is their turn, so memory holds all planes and one layer dense. Planes never change.
+the tokens of calibration windows. Of a large vocabulary the softmax runs over the tokens that these
+hold and a sample of the others, which stand for all of them. Tables that an earlier setting trained
+stay as they are.
+
+A step runs forward and back through the layers one by one. A layer's weights are made of its planes
+when it is their turn, so memory holds all planes and one layer dense. Planes never change.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -33,17 +37,27 @@ from mcjax.models.attention import Context
 from mcjax.models.decoder import Decoder, Layer
 from mcjax.models.language_model import embed, predict, run_layer
 
-STEPS = {1: 48, 2: 64, 3: 48, 4: 32}
-"""Of each width; of wider ones the least."""
+STEPS = {1: 24, 2: 80, 3: 56, 4: 32}
+"""Of each width, for a model of `WEIGHTS` weights in planes or more; of wider ones the least."""
+
+RATES = {1: 8e-3, 2: 8e-3, 3: 4e-3, 4: 2e-3}
+"""The greatest learning rate of each width, of log2 steps and of offsets: it rises in a twentieth
+of the steps, then falls. Of wider ones the least."""
+
+WEIGHTS = 1e8
+"""A smaller model takes as many times more steps, in about the same time."""
+
+MOST_TIMES = 8
+"""At most so many times more."""
 
 STEP_TOKENS = 1024
 """About how many tokens a step learns from."""
 
-LEARNING_RATE = 8e-3
-"""Of log2 steps and of offsets at most: it rises in a twentieth of the steps, then falls."""
-
 CLIP = 1.0
 """Greatest norm of a gradient."""
+
+SAMPLED = 4096
+"""Tokens that no window holds and that a step's softmax has, at most."""
 
 KEEP_EVERY = 16
 """Steps after which what is trained is kept for a run that goes on."""
@@ -64,20 +78,43 @@ class Setting(NamedTuple):
     others: tuple[int, ...]
     steps: int
 
+    def rate(self, step: int) -> float:
+        """The learning rate of step 0, 1, ..."""
+        most, warm = RATES.get(self.budgeted, min(RATES.values())), max(2, self.steps // 20)
+        if step < warm:
+            return most * (step + 1) / warm
+        part = (step - warm) / max(1, self.steps - warm)
+        return most * (0.05 + 0.475 * (1 + math.cos(math.pi * part)))
 
-def settings(widths: Sequence[int], others: Sequence[int], usual: int) -> tuple[Setting, ...]:
+
+def settings(
+    decoder: Decoder, widths: Sequence[int], others: Sequence[int], usual: int
+) -> tuple[Setting, ...]:
     """The settings of an artifact, in order: from the widest down.
 
     Args:
+      decoder: the model.
       widths: of what budgets are about.
       others: of all else.
       usual: at which all else is served unless asked otherwise.
     """
+    count = sum(
+        math.prod(role.shape)
+        for layer in decoder.layers
+        for role in weights.roles(layer, decoder.width)
+        if role.tap is not None
+    )
+    times = min(MOST_TIMES, max(1.0, WEIGHTS / count))
     found = []
     for k in sorted(widths, reverse=True):
         both = (usual, k) if k in others and k != usual else (usual,)
-        found.append(Setting(k, both, STEPS.get(k, min(STEPS.values()))))
+        found.append(Setting(k, both, round(times * STEPS.get(k, min(STEPS.values())))))
     return tuple(found)
+
+
+def tokens_wanted(every: Sequence[Setting]) -> int:
+    """How many tokens settings learn from, if none comes twice to one setting."""
+    return STEP_TOKENS * max(setting.steps for setting in every)
 
 
 class Weights(NamedTuple):
@@ -96,9 +133,9 @@ class Weights(NamedTuple):
 
 def tune_artifact(
     reader: ArtifactReader,
+    every: Sequence[Setting],
     windows: np.ndarray,
     target: np.ndarray,
-    usual: int,
     keep: Path,
     progress: Callable[..., Any],
 ) -> list[dict[str, np.ndarray]]:
@@ -106,35 +143,34 @@ def tune_artifact(
 
     Args:
       reader: of the artifact.
-      windows: calibration tokens int [N, T].
+      every: what to train, in order.
+      windows: tokens int [N, T].
       target: float [N, T, D], what the dense model's last layer gives for them.
-      usual: width at which what budgets are not about is served unless another is asked for.
       keep: a file that an interrupted run goes on from.
       progress: wraps the iteration over steps, called with (items, description=...).
 
     Returns:
       For each layer its tables uint8, by the names of their leaves, "mixer.o.table_2".
     """
-    decoder, manifest = reader.decoder, reader.manifest
-    layers = [_read(reader, i) for i in range(len(decoder.layers))]
+    decoder = reader.decoder
+    layers = [read_layer(reader, i) for i in range(len(decoder.layers))]
     outside = parameters.read_rest(reader)
-    used = np.unique(windows)
-    head = jnp.asarray(outside["embedding" if decoder.tied else "head"])[used].astype(jnp.float32)
-    every = settings(manifest["statistics"]["bits"], manifest["attention_widths"], usual)
     steps = [(setting, n) for setting in every for n in range(setting.steps)]
-    state = _State(layers, every)
+    state = State(layers, every)
     first = state.restore(keep)
     batch = max(1, STEP_TOKENS // windows.shape[1])
     order = np.random.default_rng(0).permutation(len(windows))
-    model = _Model(decoder, layers, outside, head)
+    model = Model(decoder, layers, outside)
+    vocabulary = Vocabulary(decoder.vocab_size, windows)
     for number in progress(range(first, len(steps)), description="tuning"):
         setting, n = steps[number]
         if n == 0:
             state.begin(setting)
         some = order[np.arange(number * batch, (number + 1) * batch) % len(order)]
         wide = setting.others[n % len(setting.others)]
-        gradients = model.gradients(state, wide, windows[some], target[some])[1]
-        state.update(gradients, _rate(n, setting.steps))
+        rows = vocabulary.sample(number)
+        gradients = model.gradients(state, wide, windows[some], target[some], rows)[1]
+        state.update(gradients, setting.rate(n))
         if n + 1 == setting.steps:
             state.end()
         if (number + 1) % KEEP_EVERY == 0 or number + 1 == len(steps):
@@ -142,7 +178,7 @@ def tune_artifact(
     return state.stored()
 
 
-def _read(reader: ArtifactReader, i: int) -> Weights:
+def read_layer(reader: ArtifactReader, i: int) -> Weights:
     """Layer i of an artifact."""
     decoder = reader.decoder
     layer = decoder.layers[i]
@@ -157,7 +193,7 @@ Tables = dict[tuple[Path_, int], Any]
 """Trees of what trains by a weight's path and a width."""
 
 
-class _State:
+class State:
     """Every layer's tables, the optimiser's moments, and what earlier settings have trained."""
 
     def __init__(self, layers: Sequence[Weights], every: Sequence[Setting]):
@@ -249,15 +285,6 @@ class _State:
 _ADAM = optax.scale_by_adam(b2=0.99)
 
 
-def _rate(step: int, steps: int) -> float:
-    """The learning rate of step 0, 1, ... of so many."""
-    warm = max(2, steps // 20)
-    if step < warm:
-        return LEARNING_RATE * (step + 1) / warm
-    part = (step - warm) / max(1, steps - warm)
-    return LEARNING_RATE * (0.05 + 0.95 * 0.5 * (1 + float(np.cos(np.pi * part))))
-
-
 @jax.jit
 def _step(table: Any, moments: Any, gradient: Any, scale, rate):
     gradient = jax.tree.map(lambda g: g * scale, gradient)
@@ -270,16 +297,43 @@ def _square(tree: Any) -> jax.Array:
     return sum((jnp.sum(leaf**2) for leaf in jax.tree.leaves(tree)), jnp.float32(0))
 
 
-class _Model(NamedTuple):
+class Rows(NamedTuple):
+    """Tokens that a softmax runs over.
+
+    Attributes:
+      token: int [K].
+      weight: float32 [K], log of how many tokens each stands for.
+    """
+
+    token: np.ndarray
+    weight: np.ndarray
+
+
+class Vocabulary:
+    """Draws tokens for softmaxes: those that windows hold, and some of the others."""
+
+    def __init__(self, size: int, windows: np.ndarray):
+        self.used = np.unique(windows)
+        self.others = np.setdiff1d(np.arange(size), self.used)
+
+    def sample(self, seed: int) -> Rows:
+        """Those of one step."""
+        count = min(SAMPLED, len(self.others))
+        drawn = np.random.default_rng(seed).choice(self.others, count, replace=False)
+        stands_for = np.ones(len(self.used) + count, np.float32)
+        stands_for[len(self.used) :] = len(self.others) / max(count, 1)
+        return Rows(np.concatenate([self.used, drawn]).astype(np.int32), np.log(stands_for))
+
+
+class Model(NamedTuple):
     """The model at a setting, run layer by layer."""
 
     decoder: Decoder
     layers: Sequence[Weights]
     outside: Any
-    head: jax.Array
 
     def gradients(
-        self, state: _State, others: int, tokens: np.ndarray, target: np.ndarray
+        self, state: State, others: int, tokens: np.ndarray, target: np.ndarray, rows: Rows
     ) -> tuple[jax.Array, list[Tables]]:
         """The divergence, and each layer's gradient by the tables that train."""
         decoder = self.decoder
@@ -287,9 +341,11 @@ class _Model(NamedTuple):
         inputs = []
         for i, layer in enumerate(decoder.layers):
             inputs.append(x)
-            x = _forward(layer, decoder.norm_eps, self._own(state, i, others), x)
-        norm = self.outside["norm"]
-        value, change = _divergence(decoder, norm, self.head, x, jnp.asarray(target))
+            x = outputs(layer, decoder.norm_eps, self._own(state, i, others), x)
+        norm, head = (
+            self.outside[name] for name in ("norm", "embedding" if decoder.tied else "head")
+        )
+        value, change = _divergence(decoder, norm, head, rows, x, jnp.asarray(target))
         gradients: list[Tables] = [{} for _ in inputs]
         for i in reversed(range(len(inputs))):
             own = self._own(state, i, others)
@@ -303,7 +359,7 @@ class _Model(NamedTuple):
                     )
         return value, gradients
 
-    def _own(self, state: _State, i: int, others: int) -> dict[str, Any]:
+    def _own(self, state: State, i: int, others: int) -> dict[str, Any]:
         """Layer i's weights, dense."""
         own: dict[str, Any] = {}
         for path, value in self.layers[i].rest.items():
@@ -325,22 +381,25 @@ def _table_gradient(planes: BitPlanes, table: Any, change: jax.Array) -> Any:
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _forward(layer: Layer, eps: float, own: Any, x: jax.Array) -> jax.Array:
+def outputs(layer: Layer, eps: float, own: Any, x: jax.Array) -> jax.Array:
+    """What a layer of dense weights makes of x [B, T, D]."""
     context = Context(jnp.arange(x.shape[1], dtype=jnp.int32)[None], None)
     return run_layer(layer, own, x, context, None, eps)[0]
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _backward(layer: Layer, eps: float, own: Any, x: jax.Array, change: jax.Array):
-    return jax.vjp(partial(_forward, layer, eps), own, x)[1](change)
+    return jax.vjp(partial(outputs, layer, eps), own, x)[1](change)
 
 
 @partial(jax.jit, static_argnums=0)
-def _divergence(decoder: Decoder, norm, head, x, target):
+def _divergence(decoder: Decoder, norm, head, rows: Rows, x, target):
     """Mean divergence of x's predictions from the target's, and its gradient by x."""
+    head = head[rows.token].astype(jnp.float32)
 
     def logs(x):
-        return jax.nn.log_softmax(predict(decoder, norm, head, x).astype(jnp.float32))
+        logits = predict(decoder, norm, head, x).astype(jnp.float32)
+        return jax.nn.log_softmax(logits + rows.weight.reshape(1, 1, -1))
 
     expected = logs(target)
 

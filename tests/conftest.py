@@ -68,6 +68,7 @@ QUICKLY_COMPILED = {
     "test_text.py",
     "test_train.py",
     "test_tree.py",
+    "test_tune.py",
     "test_vision.py",
     "test_vision_models.py",
 }

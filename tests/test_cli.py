@@ -209,9 +209,9 @@ def test_bad_options(model_folder, text_file, tmp_path, capsys):
         ("--max-bits must be 1 to 8, got 9", text_file, ("--max-bits", 9)),
         ("--samples must be at least 1", text_file, ("--samples", 0)),
         (
-            "--effort must be one of fast, normal, thorough, got 'best'",
+            "--effort must be one of fast, normal, thorough, best, got 'finest'",
             text_file,
-            ("--effort", "best"),
+            ("--effort", "finest"),
         ),
         ("fewer than one window", short, ()),
         ("not UTF-8", binary, ()),

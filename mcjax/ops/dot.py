@@ -33,9 +33,10 @@ def aligned(x: jax.Array, *weights: Weight) -> tuple[jax.Array, tuple[Weight, ..
       x: [..., d_in].
       *weights: of logical shape [..., d_in, d_out].
     """
-    if all(isinstance(w, BitPlanes | MixedPlanes) and w.rotated for w in weights):
-        return rotation.rotate(x), tuple(w.unrotated() for w in weights)
-    return x, weights
+    held = [w for w in weights if isinstance(w, BitPlanes | MixedPlanes) and w.rotated]
+    if len(held) < len(weights):
+        return x, weights
+    return rotation.rotate(x), tuple(w.unrotated() for w in held)
 
 
 def dot(
@@ -75,7 +76,8 @@ def dot(
 def _dot(
     x: jax.Array, planes: BitPlanes | MixedPlanes, act_bits: int | None, product: str | None
 ) -> jax.Array:
-    x, (planes,) = aligned(x, planes)
+    if planes.rotated:
+        x, planes = rotation.rotate(x), planes.unrotated()
     rows = x.reshape(-1, x.shape[-1])
     platform = device.platform()
     if product is not None and (

@@ -1,0 +1,208 @@
+"""Tables tuned against the dense model: by hand with optax, and by the best effort."""
+
+import shutil
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import CONFIG
+
+import mcjax
+from mcjax import checkpoint, compress, text, tune, tune_artifact
+from mcjax.bitplane import BitPlanes
+from mcjax.hub import Folder
+from mcjax.models.families import describe
+
+COMMON = {"max_bits": 1, "group_size": 32, "samples": 8, "seq_len": 64}
+
+
+@pytest.fixture(scope="module")
+def windows(model_folder, text_file):
+    folder = Folder(model_folder)
+    tokens = text.encode_file(folder.tokenizer_path, text_file, folder.decoder.vocab_size)
+    return text.windows(tokens, 64)
+
+
+@pytest.fixture(scope="module")
+def dense(model_folder):
+    return mcjax.load(model_folder)
+
+
+def arrays(tree):
+    return jax.tree.leaves(tree)
+
+
+def test_what_is_written_is_what_was_applied(artifact, windows):
+    model = mcjax.load(artifact, allocation=[[1, 2, 3, 2, 1], [3, 3, 2, 1, 2]])
+    tuned = tune.init(model.module.decoder, model.params)
+    # Nothing trained is nothing changed.
+    same = tune.write(model.params, tuned)
+    for new, old in zip(arrays(same), arrays(model.params), strict=True):
+        assert np.array_equal(new, old)
+    key = iter(jax.random.split(jax.random.key(0), 1000))
+    moved = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(next(key), a.shape), tuned)
+    run = partial(model.module.apply, tokens=windows[:2])
+    applied = run({"params": tune.apply(model.params, moved)})
+    written = run({"params": tune.write(model.params, moved)})
+    assert np.abs(applied - written).max() < 0.02 * np.abs(applied).max()  # norms are bfloat16
+    assert np.abs(applied - model(windows[:2])).max() > 0.1 * np.abs(applied).max()
+
+
+def test_training_lowers_the_divergence_and_keeps_the_planes(artifact, dense, windows):
+    model = mcjax.load(artifact, bits=1, attention_bits=2)
+    tuned = tune.init(model.module.decoder, model.params)
+    optimiser = optax.adam(1e-2)
+    target = dense(windows[:8])
+    divergence = partial(tune.divergence, model.module, model.params)
+
+    @jax.jit
+    def step(tuned, state):
+        value, gradient = jax.value_and_grad(divergence)(tuned, windows[:8], target)
+        change, state = optimiser.update(gradient, state, tuned)
+        return optax.apply_updates(tuned, change), state, value
+
+    state, values = optimiser.init(tuned), []
+    for _ in range(12):
+        tuned, state, value = step(tuned, state)
+        values.append(float(value))
+    assert values[-1] < 0.8 * values[0]
+    held_out = windows[8:16], dense(windows[8:16])
+    before = divergence(tune.init(model.module.decoder, model.params), *held_out)
+    assert divergence(tuned, *held_out) < 0.9 * before
+    written = tune.write(model.params, tuned)
+    for old, new in zip(arrays(model.params), arrays(written), strict=True):
+        if old.dtype == jnp.uint32:
+            assert np.array_equal(old, new)
+
+
+def test_a_dense_model_has_nothing_to_tune(dense):
+    with pytest.raises(ValueError, match="dense weights, not planes"):
+        tune.init(dense.module.decoder, dense.params)
+
+
+def test_gradients_by_layers_are_those_of_the_whole_model(artifact, dense, windows):
+    model = mcjax.load(artifact, bits=2, attention_bits=3)
+    decoder, tokens = dense.module.decoder, windows[:2]
+    reader = checkpoint.ArtifactReader(artifact)
+    layers = [tune_artifact.read_layer(reader, i) for i in range(2)]
+    setting = tune_artifact.Setting(2, (3,), 1)
+    state = tune_artifact.State(layers, [setting])
+    state.begin(setting)
+    by_layers = tune_artifact.Model(decoder, layers, model.params)
+    rows = tune_artifact.Vocabulary(decoder.vocab_size, tokens).sample(0)
+    head = model.params["head"].astype(jnp.float32)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 64, decoder.width)), jnp.float32)
+    value, got = by_layers.gradients(state, 3, tokens, x, rows)
+
+    target = tune_artifact.predict(decoder, model.params["norm"], head, x)
+    tuned = tune.init(decoder, model.params)
+    divergence = partial(tune.divergence, model.module, model.params)
+    expected, gradient = jax.value_and_grad(divergence)(tuned, tokens, target)
+    assert np.allclose(value, expected, rtol=1e-4)
+    whole = gradient["tables"]["segment_0.layer_0.mixer.o"][0]
+    for i in range(2):
+        one = got[i][("mixer", "o"), 3]
+        for name, change in one.items():
+            assert np.abs(change - whole[name][i]).max() < 1e-3 * np.abs(whole[name]).max()
+    whole = gradient["tables"]["segment_0.layer_0.block.experts.down"][0]
+    for i in range(2):
+        one = got[i][("block", "experts", "down"), 2]
+        for name, change in one.items():
+            own = whole[name][5 * i : 5 * i + 5]
+            assert np.abs(change - own).max() < 1e-3 * np.abs(whole[name]).max()
+
+
+def test_settings_begin_wide_and_all_else_takes_turns():
+    every = tune_artifact.settings(describe(CONFIG)[1], (1, 2, 3, 4), (2, 3, 4, 8), 4)
+    assert [(s.budgeted, s.others) for s in every] == [
+        (4, (4,)),
+        (3, (4, 3)),
+        (2, (4, 2)),
+        (1, (4,)),
+    ]
+
+
+def test_a_sample_of_the_vocabulary_stands_for_all_of_it(monkeypatch):
+    monkeypatch.setattr(tune_artifact, "SAMPLED", 100)
+    vocabulary = tune_artifact.Vocabulary(5000, np.array([[3, 7, 3, 4999]]))
+    logits = np.random.default_rng(0).normal(size=5000)
+    exact = np.log(np.exp(logits).sum())
+    sums = []
+    for seed in range(200):
+        token, weight = vocabulary.sample(seed)
+        assert len(token) == len(set(token.tolist())) == 103
+        assert token[:3].tolist() == [3, 7, 4999] and np.allclose(weight[:3], 0)
+        sums.append(np.exp(logits[token] + weight).sum())
+    assert abs(np.log(np.mean(sums)) - exact) < 0.02
+
+
+class Stopped(Exception):
+    """Of a run that is killed."""
+
+
+def stops(after):
+    """A progress bar that kills the tuning after so many steps."""
+
+    def progress(items, description):
+        for n, item in enumerate(items):
+            if description == "tuning" and n == after:
+                raise Stopped
+            yield item
+
+    return progress
+
+
+def leaves_of(path):
+    reader = checkpoint.ArtifactReader(path)
+    return {
+        (i, name): leaf for i in range(2) for name, leaf in reader.read_all(f"layers/{i}").items()
+    }
+
+
+def test_the_best_effort(model_folder, text_file, dense, windows, tmp_path, monkeypatch):
+    """It keeps planes, lowers divergence at every width, and resumes where it was killed."""
+    monkeypatch.setattr(tune_artifact, "STEPS", {1: 12})
+    monkeypatch.setattr(tune_artifact, "MOST_TIMES", 1)
+    monkeypatch.setattr(tune_artifact, "STEP_TOKENS", 1024)
+    monkeypatch.setattr(tune_artifact, "KEEP_EVERY", 4)
+    given = model_folder, tmp_path / "best", text_file
+    with pytest.raises(Stopped):
+        compress.compress(*given, **COMMON, effort="best", resume=True, progress=stops(6))
+    assert not (tmp_path / "best").exists()
+    (tmp_path / ".best.partial").rename(tmp_path / "normal")
+    shutil.copytree(tmp_path / "normal", tmp_path / ".best.partial")
+    compress.compress(*given, **COMMON, effort="best", resume=True)
+    assert not list(tmp_path.glob(".*"))
+    compress.compress(model_folder, tmp_path / "again", text_file, **COMMON, effort="best")
+
+    best, again, normal = (leaves_of(tmp_path / name) for name in ("best", "again", "normal"))
+    names = {path.name for path in (tmp_path / "best").iterdir()}
+    assert names == {"layers", "manifest.json", "rest", "tokenizer.json"}
+    moved = set()
+    for (i, name), leaf in best.items():
+        assert np.array_equal(leaf, again[i, name]), name
+        if not np.array_equal(leaf, normal[i, name]):
+            moved.add(name.split(".")[-1])
+    assert moved == {"table_1", "table_4"}  # the others are of attention at widths not trained
+
+    target = dense(windows)
+    loss = {}
+    for name in ("best", "normal"):
+        model = mcjax.load(tmp_path / name, bits=1)
+        tuned = tune.init(model.module.decoder, model.params)
+        loss[name] = tune.divergence(model.module, model.params, tuned, windows, target)
+    assert loss["best"] < 0.9 * loss["normal"]
+
+
+def test_planes_are_a_weight_with_other_numbers():
+    w = jax.random.normal(jax.random.key(0), (70, 9))
+    planes = mcjax.quantize(w, 3, rotated=True)
+    from mcjax import tables
+
+    alpha, offset = tables.decode(planes.tables[-1], 3)
+    assert isinstance(planes, BitPlanes)
+    assert np.array_equal(planes.values(alpha, offset), planes.dequantize())
+    assert np.allclose(planes.values(2 * alpha, 2 * offset), 2 * planes.dequantize(), atol=1e-5)
