@@ -1,11 +1,11 @@
 """mcjax: Mixture-of-Experts models as bit planes, in JAX.
 
 Quantise once with `quantize` (one weight) or `mcjax compress` (a model); then `BitPlanes.slice`,
-`load(path, budget=...)` and `Model.refine` serve any precision of the same bits, `load(folder)` the
-model as it is, of any of the `families`. `dot` and
-`expert_dot` multiply with planes, `pmq` shares a budget out among experts, `odp` skips experts
-while serving, `tune` trains a loaded model's tables. `tree` quantises any other parameter tree, `qat`
-trains a network once for every width, and `lumix` mixes labels.
+`load(path, budget=...)` and `Model.refine` serve any precision of the same bits, `load(folder)`
+the model as it is, of any of the `families`. `dot` and `expert_dot` multiply with planes, `pmq`
+shares a budget out among experts, `odp` skips experts while serving, `tune` trains the tables of a
+loaded model. `tree` quantises any other parameter tree, `qat` trains a network once for every
+width, and `lumix` mixes labels.
 """
 
 from mcjax import lumix, odp, pmq, portable, qat, tree, tune

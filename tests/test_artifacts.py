@@ -28,11 +28,9 @@ SLOW = ("mixtral", "qwen3_moe", "gpt_oss")
 """Whose parts those have, or other tests: run with `pytest -m slow`."""
 
 OWN_BLOCKS = (
-    "ernie4_5_moe",
     "gemma4",
     "granitemoe",
     "minimax_m2",
-    "mistral4",
     "olmo2",
     "qwen2_moe",
 )
