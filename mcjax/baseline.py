@@ -3,7 +3,8 @@
 This is what nested planes are measured against, in the tests, the benchmarks and the demo. As usual
 for GPTQ (arXiv 2210.17323), and as MC-MoE (arXiv 2410.06270) does it for mixed widths, a layer is
 calibrated on the outputs of the layers that are already quantised, attention has 4 bits and error
-compensation is full. Scales stay in float32, which favours it.
+compensation is full. Scales stay in float32, which favours it; weights are not rotated, as those of
+an artifact are.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from mcjax.models.language_model import embed
 from mcjax.notes import note
 from mcjax.quantize import quantize
 from mcjax.serving import ATTENTION_BITS
-from mcjax.tune_artifact import Setting, outputs, settings, tokens_wanted, tune_artifact
+from mcjax.tune_artifact import Setting, outputs, settings, tune_artifact, windows_wanted
 
 ATTENTION_WIDTHS = (2, 3, 4, 8)
 ATTENTION_WEIGHTS = (0.0625, 0.25, 1.0, 1.0)
@@ -85,8 +85,9 @@ def compress(
     """Compresses a language model into one artifact that serves every width up to `max_bits`.
 
     The layers run once over the calibration windows with their own weights; each is quantised on
-    the inputs it sees there and saved before the next is read, so memory holds one layer. The
-    artifact is written beside `out` and moved there when whole.
+    the inputs it sees there and saved before the next is read, so memory holds one layer. The best
+    effort then trains tables, for which it holds all planes, see `mcjax.tune_artifact`. What is
+    written is beside `out` until it is whole.
 
     Args:
       model: a Hugging Face folder, or a name on the hub, see `mcjax.hub.local`.
@@ -104,7 +105,8 @@ def compress(
         for instance, rotated and with a table for each width up to `max_bits`; None quantises the
         model's.
       batch_tokens: about how many calibration tokens are computed at once.
-      progress: wraps the iteration over layers, called with (items, description=...).
+      progress: wraps the iteration over layers, and that over steps of tuning, called with (items,
+        description=...).
 
     Returns:
       The artifact's manifest.
@@ -159,7 +161,7 @@ def compress(
     plan: Sequence[Setting] = ()
     if effort == TUNED:
         plan = settings(decoder, range(1, max_bits + 1), ATTENTION_WIDTHS, ATTENTION_BITS)
-        lessons = text.spread(every, -(-tokens_wanted(plan) // seq_len))
+        lessons = text.spread(every, windows_wanted(plan, seq_len))
         identity["tuning"] = {"windows": len(lessons), "crc32": checkpoint.crc32(lessons)}
     if experts is not None:
         _check_experts(experts, decoder, max_bits)
@@ -174,10 +176,10 @@ def compress(
         if lessons is not None:
             manifest = _tune(partial_out, manifest, plan, lessons, target, progress)
         checkpoint.write_manifest(partial_out, manifest)
+        (partial_out / TUNING).unlink(missing_ok=True)
         for i in range(len(decoder.layers)):
             (partial_out / f"layer_{i}.json").unlink()
         shutil.rmtree(partial_out / UNTUNED, ignore_errors=True)
-        (partial_out / TUNING).unlink(missing_ok=True)
         (partial_out / "identity.json").unlink()
         os.replace(partial_out, out)
     except BaseException as error:
@@ -253,7 +255,7 @@ def _run(folder, windows, lessons, directory, identity, given, batch_tokens, pro
             **{f"layers/{i}": record["checksums"] for i, record in enumerate(records)},
         },
     }
-    return manifest, x[len(windows) :]
+    return manifest, x[len(windows) :].copy()
 
 
 def _tune(

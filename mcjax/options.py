@@ -102,8 +102,9 @@ def _compress(commands: argparse._SubParsersAction) -> None:
         "--effort",
         default="normal",
         metavar="fast|normal|thorough|best",
-        help="time for quality: 1, 6 or 15 rounds of descent (default normal); best trains every "
-        "width's tables end to end after the normal ones, which gains most at 1 to 3 bits",
+        help="time for quality: 1, 6 or 15 rounds of descent (default normal); best trains "
+        "tables of all widths end to end after the normal ones, which gains most at few bits, and "
+        "holds all planes in memory",
     )
     command.add_argument(
         "--resume",

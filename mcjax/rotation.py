@@ -15,7 +15,6 @@ weights of the same inputs share one rotation, and no file holds any of it (ours
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,21 +22,20 @@ import numpy as np
 
 MOST_ODD = 255
 """The greatest odd factor of a size whose features are mixed by a cosine transform. Beyond it they
-are not, since the matrix of a size such as a great prime would be as large as a weight."""
+are mixed in so many parts, since the matrix of a great prime would be as large as a weight."""
 
 
 def rotate(x: jax.Array) -> jax.Array:
     """X R of rows x [..., d], in x's dtype."""
     first, second = _matrices(x.shape[-1])
-    y = x.astype(jnp.float32) * _signs(x.shape[-1])
-    return _mixed(y, first, second).astype(x.dtype)
+    return _mixed(_signed(x.astype(jnp.float32)), first, second).astype(x.dtype)
 
 
 def unrotate(x: jax.Array) -> jax.Array:
     """X R' of rows x [..., d], in x's dtype: the inverse of `rotate`."""
     first, second = _matrices(x.shape[-1])
     y = _mixed(x.astype(jnp.float32), first.T, second.T)
-    return (y * _signs(x.shape[-1])).astype(x.dtype)
+    return _signed(y).astype(x.dtype)
 
 
 def rotate_inputs(w: jax.Array) -> jax.Array:
@@ -55,19 +53,24 @@ def rotate_gram(gram: jax.Array) -> jax.Array:
     return rotate_inputs(rotate(gram))
 
 
+def _signed(x: jax.Array) -> jax.Array:
+    """X D."""
+    return x * _signs(x.shape[-1]).reshape((1,) * (x.ndim - 1) + (-1,))
+
+
 def _mixed(y: jax.Array, first: np.ndarray, second: np.ndarray) -> jax.Array:
-    """Y (first (x) second)."""
-    grid = y.reshape(*y.shape[:-1], len(first), len(second))
+    """Y (first (x) second), of features in so many parts as these are smaller than they."""
+    grid = y.reshape(*y.shape[:-1], -1, len(first), len(second))
     grid = jnp.einsum("...ab,bd->...ad", grid, second, precision="highest")
     return jnp.einsum("...ad,ac->...cd", grid, first, precision="highest").reshape(y.shape)
 
 
 @lru_cache
 def _matrices(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """A and B, float32, as near to the square root of the size as its factors of two allow."""
+    """A and B, float32, as nearly of one size as the factors of two allow."""
     twos = (size & -size).bit_length() - 1
     odd = size >> twos
-    of_odd: Any = _cosines(odd) if odd <= MOST_ODD else np.eye(odd)
+    of_odd = _cosines(odd) if odd <= MOST_ODD else np.ones((1, 1))
     second = min(twos, max(0, round(np.log2(size) / 2)))
     first = np.kron(of_odd, _hadamard(twos - second))
     return first.astype(np.float32), _hadamard(second).astype(np.float32)

@@ -1,10 +1,10 @@
 """Tables, norms and routers trained against the dense model; planes stay as they are.
 
 Each width has tables of its own, so they can be trained for what that width gets wrong, layer upon
-layer, and no other width notices. What trains is a tree of few numbers, three or four for every
-group of weights; optax does the rest:
+layer, and no other width notices. What trains is a tree of few numbers, two to four for every group
+of weights; optax does the rest:
 
-    tuned = tune.init(model.params)
+    tuned = tune.init(model.module.decoder, model.params)
     loss = partial(tune.divergence, model.module, model.params)
     value, gradient = jax.value_and_grad(loss)(tuned, tokens, dense_logits)
 
@@ -67,7 +67,7 @@ def apply(params: Any, tuned: Tuned) -> Any:
       tuned: like what it gave.
 
     Returns:
-      A tree of arrays for the same module.
+      A tree of arrays for the same module without `act_bits`, which are for planes.
     """
     made = jax.tree.map(lambda a: a, params)
     for name, weight in _leaves(params):
@@ -111,7 +111,8 @@ def divergence(
       tokens: int [B, T].
       target: float [B, T, vocab], the other one's logits.
     """
-    logits = module.apply({"params": apply(params, tuned)}, tokens)
+    dense = module.clone(act_bits=None)
+    logits = dense.apply({"params": apply(params, tuned)}, tokens)
     expected = jax.nn.log_softmax(target.astype(jnp.float32))
     got = jax.nn.log_softmax(logits.astype(jnp.float32))
     return jnp.mean(jnp.sum(jnp.exp(expected) * (expected - got), axis=-1))

@@ -11,7 +11,9 @@ hold and a sample of the others, which stand for all of them. Tables that an ear
 stay as they are.
 
 A step runs forward and back through the layers one by one. A layer's weights are made of its planes
-when it is their turn, so memory holds all planes and one layer dense. Planes never change.
+when it is their turn, so that one layer is dense at a time; beside it memory holds all planes, and
+the tables of all widths, the moments of those that train and the outputs of the last layer in
+float32. Planes never change, nor do the errors that budgets are shared out by.
 """
 
 from __future__ import annotations
@@ -112,9 +114,14 @@ def settings(
     return tuple(found)
 
 
-def tokens_wanted(every: Sequence[Setting]) -> int:
-    """How many tokens settings learn from, if none comes twice to one setting."""
-    return STEP_TOKENS * max(setting.steps for setting in every)
+def windows_wanted(every: Sequence[Setting], length: int) -> int:
+    """How many windows of so many tokens settings learn from, none twice in one setting."""
+    return _batch(length) * max(setting.steps for setting in every)
+
+
+def _batch(length: int) -> int:
+    """How many windows of so many tokens make a step."""
+    return max(1, STEP_TOKENS // length)
 
 
 class Weights(NamedTuple):
@@ -139,7 +146,7 @@ def tune_artifact(
     keep: Path,
     progress: Callable[..., Any],
 ) -> list[dict[str, np.ndarray]]:
-    """Trains the tables of every width.
+    """Trains the tables of the widths that settings name.
 
     Args:
       reader: of the artifact.
@@ -158,7 +165,7 @@ def tune_artifact(
     steps = [(setting, n) for setting in every for n in range(setting.steps)]
     state = State(layers, every)
     first = state.restore(keep)
-    batch = max(1, STEP_TOKENS // windows.shape[1])
+    batch = _batch(windows.shape[1])
     order = np.random.default_rng(0).permutation(len(windows))
     model = Model(decoder, layers, outside)
     vocabulary = Vocabulary(decoder.vocab_size, windows)
@@ -270,7 +277,7 @@ class State:
         left = int(step)
         for setting in self.every:
             self.begin(setting)
-            if left < setting.steps:
+            if left <= setting.steps:
                 break
             left -= setting.steps
             self.end()
@@ -279,6 +286,8 @@ class State:
         for kept, new in ((self.tables, tables), (self.moments, moments)):
             for own, values in zip(kept, new, strict=True):
                 own |= dict(zip(own, values, strict=True))
+        if left == self.setting.steps:
+            self.end()
         return int(step)
 
 
@@ -350,13 +359,13 @@ class Model(NamedTuple):
         for i in reversed(range(len(inputs))):
             own = self._own(state, i, others)
             of_own, change = _backward(decoder.layers[i], decoder.norm_eps, own, inputs[i], change)
-            del own
             for path, k in state.widths(i, others).items():
                 if (path, k) in state.moments[i]:
                     planes = self.layers[i].planes[path].slice(k)
                     gradients[i][path, k] = _table_gradient(
                         planes, state.tables[i][path, k], weights.get(of_own, path)
                     )
+            del own, of_own
         return value, gradients
 
     def _own(self, state: State, i: int, others: int) -> dict[str, Any]:

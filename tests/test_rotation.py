@@ -7,6 +7,7 @@ import pytest
 
 import mcjax
 from mcjax import qat, rotation
+from mcjax.models.layers import Dense
 
 SIZES = (1, 2, 31, 32, 96, 640, 1009, 2880)
 
@@ -108,6 +109,21 @@ def test_training_for_every_width_takes_it_along():
     for bits in (2, 4):
         got = qat.fake_quant(W, quantizer, spec, bits)
         assert np.allclose(got, frozen.slice(bits).dequantize(), atol=1e-5)
+
+
+def test_a_frozen_layer_expects_it():
+    spec = qat.QuantSpec(widths=(4, 2), act_bits=None, rotated=True, frozen=True)
+    layer = Dense(8, spec, bits=2)
+    drawn = layer.init(jax.random.key(0), jnp.zeros((1, 64)))["params"]["kernel"]
+    assert drawn.rotated
+
+
+@pytest.mark.parametrize("odd", [1, 257])
+def test_modes(odd):
+    x = jax.random.normal(jax.random.key(6), (2, 64 * odd))
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        assert np.allclose(rotation.unrotate(rotation.rotate(x)), x, atol=1e-5)
+    assert max(map(len, rotation._matrices(64 * odd))) <= 64
 
 
 def test_a_tree_keeps_it(tmp_path):

@@ -2,6 +2,7 @@
 
 import shutil
 from functools import partial
+from operator import attrgetter
 
 import jax
 import jax.numpy as jnp
@@ -137,6 +138,33 @@ def test_a_sample_of_the_vocabulary_stands_for_all_of_it(monkeypatch):
         assert token[:3].tolist() == [3, 7, 4999] and np.allclose(weight[:3], 0)
         sums.append(np.exp(logits[token] + weight).sum())
     assert abs(np.log(np.mean(sums)) - exact) < 0.02
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_a_state_is_restored_between_settings_too(artifact, step, tmp_path):
+    layers = [tune_artifact.read_layer(checkpoint.ArtifactReader(artifact), 0)]
+    every = [tune_artifact.Setting(k, others, 2) for k, others in ((3, (4, 3)), (1, (4,)))]
+
+    def state(steps):
+        made = tune_artifact.State(layers, every)
+        for n in range(steps):
+            setting = every[n // 2]
+            if n % 2 == 0:
+                made.begin(setting)
+            gradients = {key: jax.tree.map(jnp.sin, made.tables[0][key]) for key in made.moments[0]}
+            made.update([gradients], 0.1)
+            if n % 2 == 1:
+                made.end()
+        return made
+
+    saved, restored = state(step), tune_artifact.State(layers, every)
+    saved.save(tmp_path / "state.npz", step)
+    assert restored.restore(tmp_path / "state.npz") == step
+    assert (restored.setting, restored.done) == (saved.setting, saved.done)
+    for name in ("tables", "moments"):
+        jax.tree.map(
+            np.testing.assert_array_equal, *map(arrays, map(attrgetter(name), (restored, saved)))
+        )
 
 
 class Stopped(Exception):

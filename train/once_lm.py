@@ -188,6 +188,7 @@ def main() -> None:
         group_size=made_of["group_size"],
         samples=made_of["calibration"]["windows"],
         seq_len=made_of["calibration"]["window_tokens"],
+        effort=made_of["effort"],
         experts=list(experts.values()),
     )
     print(f"{arguments.out}: trained at {widths} bits for {arguments.steps} steps")

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mcjax import rotation
+from mcjax.bitplane import BitPlanes, MixedPlanes
 from mcjax.models import rope
 from mcjax.models.attention import (
     Context,
@@ -75,8 +77,12 @@ def latent(
     cos, sin = rope.angles(spec.rope, context.positions, whole)
     q_rope = rope.rotate(q[..., nope:], cos, sin, spec.rope.interleaved)
     k_rope = rope.rotate(k_rope[:, :, None], cos, sin, spec.rope.interleaved)[:, :, 0]
-    up = dense(weights["kv_b"], x.dtype).reshape(spec.rank, h, nope + spec.value_dim)
+    up, turned = weights["kv_b"], False
+    if isinstance(up, BitPlanes | MixedPlanes) and up.rotated:
+        up, turned = up.unrotated(), True  # latents are turned instead of it, and back
+    up = dense(up, x.dtype).reshape(spec.rank, h, nope + spec.value_dim)
     q_latent = jnp.einsum("bthn,rhn->bthr", q[..., :nope], up[..., :nope])
+    q_latent = rotation.unrotate(q_latent) if turned else q_latent
     q = tempered(spec.temperature, jnp.concatenate([q_latent, q_rope], axis=-1), context.positions)
     q = q[:, :, None]
     chosen, index_key = None, None
@@ -101,7 +107,8 @@ def latent(
             return jnp.concatenate([own, rotated], -1).astype(x.dtype), own.astype(x.dtype)
 
         out, map_ = attend_cached(rule, q, context, read, whole)
-    out = jnp.einsum("bthr,rhv->bthv", out[:, :, 0], up[..., nope:]).reshape(batch, length, -1)
+    out = rotation.rotate(out[:, :, 0]) if turned else out[:, :, 0]
+    out = jnp.einsum("bthr,rhv->bthv", out, up[..., nope:]).reshape(batch, length, -1)
     y = biased(dot(out, weights["o"], act_bits), weights.get("o_bias"))
     return y, cache, taps | {"mixer_output": out, "attention": map_}
 

@@ -51,7 +51,7 @@ def kernel(
         if bits is None:
             raise ValueError("a frozen layer serves one width; give bits")
         group = spec.group_of(matrix[0])
-        return module.param("kernel", lambda key: bitplane.empty(matrix, bits, group))
+        return module.param("kernel", lambda key: bitplane.empty(matrix, bits, group, spec.rotated))
     weight = module.param("kernel", init, shape)
     quantizer = module.param(
         "quantizer", lambda key: qat.init_quantizer(weight.reshape(matrix), spec)
