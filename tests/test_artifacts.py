@@ -120,7 +120,7 @@ def test_pruning(case):
         assert np.isfinite(model(TOKENS)).all()
     for policy in ("affine", "paper"):
         none = mcjax.load(out, bits=4, prune=policy, quantile=0.0)
-        assert error(none(TOKENS), np.asarray(plain(TOKENS))) < 1e-5
+        assert error(none(TOKENS), np.asarray(plain(TOKENS))) < 1e-4
 
 
 def test_drafts_change_nothing(case):
