@@ -162,8 +162,8 @@ def random_planes(key: jax.Array, shape: tuple[int, ...], bits: int) -> BitPlane
 
 def _fill(rng: np.random.Generator, like: BitPlanes) -> BitPlanes:
     steps, rows = tables_lib.num_steps(like.bits), like.tables[0].shape[-3]
-    plane = np.arange(steps)
-    size = 0.8 * like.d_in**-0.5 * 2.0**-plane if steps == like.bits else [like.d_in**-0.5]
+    firsts = np.cumsum((0, *tables_lib.segments(like.bits)))[:-1]
+    size = 1.3 * like.d_in**-0.5 * 2.0**-firsts
     codes, _ = tables_lib.round_step(jnp.asarray(size, jnp.float32))
     middle = np.full(rows, 128)  # offsets about 0
     middle[:steps] = codes

@@ -9,10 +9,11 @@ A table stores them as bytes that need no scale of their own:
 where `taper` is the identity on [-6, 6] and eight times as steep outside. So steps from 2^-11 to 2,
 where trained weights have theirs, are stored to 2.2 % at worst, and every step from 2^-26 to 2^16
 to 19 % (codes are chosen after rounding). Offsets are relative to the half span of the group's
-values, so +-2 half spans are reached. No table costs more than 32 bits a group: widths 1 to 3
-store every alpha and the offset, width 4 its four alphas and no offset (a nested code gains more
-from free alphas than from an offset), wider ones are uniform, ``alpha_p = delta 2^(k-1-p) / 2``,
-and store delta and offset. The encoding is ours.
+values, so +-2 half spans are reached. No table costs more than 32 bits a group. Planes come in
+*segments*, of which each stores the alpha of its first plane, and those after it halve it. Widths 1
+to 3 have a segment a plane, widths 4 to 6 are one, the uniform quantiser, and widths 7 and 8 have
+one of four planes and one of the others: a narrow width clips groups that a wide one must reach the
+ends of, which a second step does without moving the first four planes. The encoding is ours.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_FREE_WIDTHS = 4
-_OFFSET_FREE = (4,)
+_FREE_WIDTHS = 3
+_UNIFORM_WIDTHS = 6
+_HEAD = 4
 
 GAUSSIAN_STEP = (0.0, 1.596, 0.9957, 0.586, 0.3352, 0.1881, 0.1041, 0.0569, 0.0308)
 """Step of the best uniform quantiser of a unit Gaussian at each width (Max, 1960)."""
@@ -41,29 +43,42 @@ _OFFSET_STEPS = 64.0
 
 def num_rows(width: int) -> int:
     """Bytes that a table of `width` bits keeps for each group of an output channel."""
-    return num_steps(width) + has_offset(width)
+    return num_steps(width) + 1
+
+
+def segments(width: int) -> tuple[int, ...]:
+    """The planes of each segment of a width, from the first."""
+    if width <= _FREE_WIDTHS:
+        return (1,) * width
+    return (width,) if width <= _UNIFORM_WIDTHS else (_HEAD, width - _HEAD)
 
 
 def num_steps(width: int) -> int:
-    """Step sizes that a table of `width` bits stores: one a plane if free, one if uniform."""
-    return width if width <= _FREE_WIDTHS else 1
-
-
-def has_offset(width: int) -> bool:
-    """Whether a table of `width` bits ends in a row of offsets."""
-    return width not in _OFFSET_FREE
+    """Step sizes that a table of `width` bits stores: one a segment."""
+    return len(segments(width))
 
 
 def basis(width: int) -> np.ndarray:
     """How stored steps make up the alphas of a width.
 
     Returns:
-      float32 [steps, width]: ``alpha = steps @ basis(width)``, the identity for free widths, one
-      row ``2^(k-1-p) / 2`` for uniform ones.
+      float32 [steps, width]: ``alpha = steps @ basis(width)``; each row halves from 1 over the
+      planes of its segment.
     """
-    if width <= _FREE_WIDTHS:
-        return np.eye(width, dtype=np.float32)
-    return (2.0 ** np.arange(width - 2, -2, -1, dtype=np.float32))[None]
+    rows, first = np.zeros((num_steps(width), width), np.float32), 0
+    for row, planes in zip(rows, segments(width), strict=True):
+        row[first : first + planes] = 0.5 ** np.arange(planes)
+        first += planes
+    return rows
+
+
+def alphas(steps: jax.Array, width: int) -> jax.Array:
+    """Steps [..., steps, groups, d_out] as alphas [..., width, groups, d_out]."""
+    if num_steps(width) == width:
+        return steps
+    halves = [0.5 ** np.arange(n, dtype=np.float32)[:, None, None] for n in segments(width)]
+    each = [steps[..., s : s + 1, :, :] * half for s, half in enumerate(halves)]
+    return jnp.concatenate(each, axis=-3)
 
 
 def round_step(step: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -100,12 +115,7 @@ def decode(table: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
     Returns:
       alpha float32 [..., width, groups, d_out] and offset float32 [..., groups, d_out].
     """
-    alpha = step_value(table[..., : num_steps(width), :, :])
-    if num_steps(width) < width:
-        powers = basis(width)[0].reshape((1,) * (alpha.ndim - 3) + (width, 1, 1))
-        alpha = alpha * powers
-    if not has_offset(width):
-        return alpha, jnp.zeros_like(alpha[..., 0, :, :])
+    alpha = alphas(step_value(table[..., :-1, :, :]), width)
     return alpha, offset_ratio(table[..., -1, :, :]) * jnp.sum(alpha, axis=-3)
 
 
@@ -117,23 +127,21 @@ def to_parameters(table: jax.Array, width: int) -> dict[str, jax.Array]:
       width: that it goes with.
 
     Returns:
-      `steps` float32 [..., num_steps(width), groups, d_out], log2 of the step sizes, and where the
-      width has one `offset` float32 [..., groups, d_out], in half spans. A step of 0 becomes one
-      that is far too small to be stored as anything else.
+      `steps` float32 [..., num_steps(width), groups, d_out], log2 of the step sizes, and `offset`
+      float32 [..., groups, d_out], in half spans. A step of 0 becomes one that is far too small to
+      be stored as anything else.
     """
-    steps = step_value(table[..., : num_steps(width), :, :])
-    parameters = {"steps": jnp.log2(jnp.maximum(steps, 2.0**-30))}
-    if has_offset(width):
-        parameters["offset"] = offset_ratio(table[..., -1, :, :])
-    return parameters
+    steps = step_value(table[..., :-1, :, :])
+    return {
+        "steps": jnp.log2(jnp.maximum(steps, 2.0**-30)),
+        "offset": offset_ratio(table[..., -1, :, :]),
+    }
 
 
 def from_parameters(parameters: Mapping[str, jax.Array], width: int) -> jax.Array:
     """The inverse of `to_parameters`, rounded to what can be stored."""
     codes, steps = round_step(jnp.exp2(parameters["steps"]))
-    if not has_offset(width):
-        return codes
-    half = jnp.sum(_alphas(steps, width), axis=-3)
+    half = jnp.sum(_mixed(steps, width), axis=-3)
     offset, _ = round_offset(parameters["offset"] * half, half)
     return jnp.concatenate([codes, offset[..., None, :, :]], axis=-3)
 
@@ -143,9 +151,7 @@ def decode_parameters(
 ) -> tuple[jax.Array, jax.Array]:
     """As `decode` of `from_parameters`, with gradients as if nothing were rounded."""
     steps = jnp.exp2(parameters["steps"])
-    alpha = _alphas(straight_through(steps, round_step(steps)[1]), width)
-    if not has_offset(width):
-        return alpha, jnp.zeros_like(alpha[..., 0, :, :])
+    alpha = _mixed(straight_through(steps, round_step(steps)[1]), width)
     half = jnp.sum(alpha, axis=-3)
     offset = parameters["offset"] * half
     return alpha, straight_through(offset, round_offset(offset, half)[1])
@@ -156,8 +162,8 @@ def straight_through(smooth: jax.Array, value: jax.Array) -> jax.Array:
     return smooth + jax.lax.stop_gradient(value - smooth)
 
 
-def _alphas(steps: jax.Array, width: int) -> jax.Array:
-    """Steps [..., steps, groups, d_out] as alphas [..., width, groups, d_out]."""
+def _mixed(steps: jax.Array, width: int) -> jax.Array:
+    """As `alphas`, of which the derivative would be a sum of what was broadcast."""
     # No sum of broadcast arrays: XLA on CPU gets some of those wrong, see `mcjax.quantize.nested`.
     return jnp.einsum("...sgo,sp->...pgo", steps, basis(width), precision="highest")
 

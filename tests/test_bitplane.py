@@ -80,7 +80,7 @@ def test_mixed_widths_keep_expert_order_and_sum_their_bits():
     assert mixed.effective_bits == pytest.approx(8 * held / (5 * 64 * 3))
 
 
-@pytest.mark.parametrize("bits, rows", [(1, 2), (2, 3), (3, 4), (4, 4), (5, 2), (8, 2)])
+@pytest.mark.parametrize("bits, rows", [(1, 2), (2, 3), (3, 4), (4, 2), (6, 2), (7, 3), (8, 3)])
 def test_tables_cost_at_most_32_bits_a_group(bits, rows):
     cut = random_planes((64, 7), bits, 64).slice(bits)
     assert cut.tables[0].shape == (rows, 1, 7)

@@ -132,6 +132,21 @@ def test_one_code_beats_dedicated_gptq_at_low_widths():
     assert all(a < b for a, b in zip(nested_error, dedicated, strict=True)), nested_error
 
 
+@pytest.mark.parametrize("group_size", [32, 128])
+def test_planes_past_the_fourth_cost_the_first_four_nothing(group_size):
+    w = jax.random.normal(jax.random.key(0), (512, 128))
+    gram = jnp.eye(512)
+
+    def squared(bits):
+        planes = mcjax.quantize(w, bits, group_size, gram, damping=0)
+        each = (planes.slice(k).dequantize() for k in planes.widths)
+        return np.array([np.mean((np.asarray(w) - np.asarray(at)) ** 2) for at in each])
+
+    of_four, of_eight = squared(4), squared(8)
+    assert (np.diff(of_eight) < 0).all(), of_eight
+    assert (of_eight[:4] <= 1.02 * of_four).all(), of_eight[:4] / of_four
+
+
 def test_without_gram_codes_are_the_nearest():
     w = jnp.asarray(np.random.default_rng(0).normal(size=(64, 5)), jnp.float32)
     planes = mcjax.quantize(w, bits=3, group_size=32, widths=(3,))

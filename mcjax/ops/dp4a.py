@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ from mcjax.ops.pallas import (
     Plan,
     decode,
     dequantized_dot,
+    in_segments,
     places_of,
     plan_blocks,
     stacks_of,
@@ -337,10 +338,9 @@ def _one_block(interpret, width, rows, weight, out, place):
             if limbs == 2:
                 of_row = [128 * a + b for a, b in zip(of_row, counts[r * limbs + 1], strict=True)]
             *of_planes, total = of_row
-            if len(added) < width:
-                of_planes = [sum(c << (width - 1 - p) for p, c in enumerate(of_planes))]
             y = base * total.astype(jnp.float32)
-            for step, count in zip(added, of_planes, strict=True):
+            for step, each in zip(added, in_segments(of_planes), strict=True):
+                count: Any = sum(c << (len(each) - 1 - p) for p, c in enumerate(each))
                 y = y + step * count.astype(jnp.float32)
             unit = pltriton.load(scale.at[own[r], in_tile])[:, None]
             totals[r] = totals[r] + unit * y

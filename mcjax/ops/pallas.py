@@ -283,33 +283,42 @@ def _order(x, source, groups, group_size, tile):
 
 
 def decode(codes: list[jax.Array], width: int) -> tuple[list[jax.Array], jax.Array]:
-    """A table's rows, each int [G, block_out], as what set bits add and what no bit gives.
+    """A table's rows, each int [G, block_out], as what bits add and what no bit gives.
+
+    Of each segment of planes it is what its last plane adds, with which the integer that its bits
+    make is multiplied.
 
     The sums of `mcjax.tables.decode` written without leading axes, which registers do not have.
     Any byte decodes to a finite number, so that entries beyond the last group, whatever they are,
     vanish in products with the zeros of x there.
     """
-    steps = [tables_lib.step_value(code) for code in codes[: tables_lib.num_steps(width)]]
-    if len(steps) == width:
-        half_span, added = sum(steps[1:], start=steps[0]), [2 * step for step in steps]
-    else:
-        half_span, added = steps[0] * ((2**width - 1) / 2), steps
-    if not tables_lib.has_offset(width):
-        return added, -half_span
+    segments = tables_lib.segments(width)
+    steps = [tables_lib.step_value(code) for code in codes[: len(segments)]]
+    added = [step * 0.5 ** (n - 2) for step, n in zip(steps, segments, strict=True)]
+    first, *spans = (step * (2 - 0.5 ** (n - 1)) for step, n in zip(steps, segments, strict=True))
+    half_span = sum(spans, start=first)
     return added, (tables_lib.offset_ratio(codes[-1]) - 1) * half_span
 
 
 def slab(words: list[jax.Array], j: int, added: list[jax.Array], base: jax.Array) -> jax.Array:
     """Bit `j` of words uint32 [G, block_out], one of each plane, as weights float32."""
-    if len(added) == len(words):
-        value = base
-        for word, step in zip(words, added, strict=True):
-            value = jnp.where(word & np.uint32(1 << j) != 0, value + step, value)
-        return value
-    code = jnp.zeros_like(words[0])
-    for word in words:
-        code = 2 * code + ((word >> np.uint32(j)) & 1)
-    return base + added[0] * code.astype(jnp.int32).astype(jnp.float32)
+    value = base
+    for step, (first, *others) in zip(added, in_segments(words), strict=True):
+        if not others:
+            value = jnp.where(first & np.uint32(1 << j) != 0, value + step, value)
+            continue
+        code = (first >> np.uint32(j)) & 1
+        for word in others:
+            code = 2 * code + ((word >> np.uint32(j)) & 1)
+        value = value + step * code.astype(jnp.int32).astype(jnp.float32)
+    return value
+
+
+def in_segments(planes: Sequence[jax.Array]) -> list[Sequence[jax.Array]]:
+    """What there is one of for each plane, by segments of `mcjax.tables`."""
+    segments = tables_lib.segments(len(planes))
+    ends = np.cumsum(segments).tolist()
+    return [planes[end - n : end] for n, end in zip(segments, ends, strict=True)]
 
 
 def _tpu_call(span, slots, x, stack: BitPlanes, out, block_rows, block_out, interpret):

@@ -81,7 +81,7 @@ def _count(rows: _Rows, stack: BitPlanes, slot: jax.Array, width: int) -> jax.Ar
     """
     words, groups, d_out = stack.planes.shape[-3:]
     count, act_bits = rows.planes.shape[:2]
-    table, last = stack.tables[stack.widths.index(width)], tables_lib.num_steps(width) - 1
+    table, steps = stack.tables[stack.widths.index(width)], tables_lib.num_steps(width)
 
     # What is read is cut out of the stack right where it is used and for that use alone. Then XLA
     # reads it in place; of a cut with several uses it makes a function of its own, which looks
@@ -93,12 +93,8 @@ def _count(rows: _Rows, stack: BitPlanes, slot: jax.Array, width: int) -> jax.Ar
         sizes = (1, *size, *rest)
         return jax.lax.dynamic_slice(array, starts, sizes, allow_negative_indices=False)[0]
 
-    relative: Any = -1.0
-    if tables_lib.has_offset(width):
-        relative = tables_lib.offset_ratio(cut(table, (table.shape[1] - 1,), (1,))[0]) - 1
-    alpha = tables_lib.step_value(cut(table, (0,), (last + 1,)))
-    if last < width - 1:  # uniform
-        alpha = alpha * tables_lib.basis(width)[0, :, None, None]
+    relative = tables_lib.offset_ratio(cut(table, (steps,), (1,))[0]) - 1
+    alpha = tables_lib.alphas(tables_lib.step_value(cut(table, (0,), (steps,))), width)
 
     # Array axes rather than sums written out: a third of the program, and no slower.
     def one_row(i, row, y):

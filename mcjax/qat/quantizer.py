@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mcjax import rotation
 from mcjax import tables as tables_lib
@@ -96,7 +97,7 @@ def init_quantizer(w: jax.Array, spec: QuantSpec) -> dict[str, dict[str, jax.Arr
 
     Returns:
       For each width, "k": `steps` float32 [..., steps, groups, d_out], log2 of the step sizes, and
-      where the width has one `offset` float32 [..., groups, d_out], in half spans.
+      `offset` float32 [..., groups, d_out], in half spans.
     """
     real = _grouped(jnp.ones_like(w), replace(spec, rotated=False))
     count = jnp.maximum(jnp.sum(real, axis=-2), 1)
@@ -104,11 +105,10 @@ def init_quantizer(w: jax.Array, spec: QuantSpec) -> dict[str, dict[str, jax.Arr
     quantizer = {}
     for k in spec.widths:
         step = tables_lib.GAUSSIAN_STEP[k] * jnp.maximum(spread, 1e-6)
-        if tables_lib.num_steps(k) == k:
-            step = step * (2.0 ** jnp.arange(k - 2, -2, -1, dtype=jnp.float32))[:, None, None]
-        quantizer[str(k)] = {"steps": jnp.log2(step)}
-        if tables_lib.has_offset(k):
-            quantizer[str(k)]["offset"] = jnp.zeros_like(spread[..., 0, :, :])
+        firsts = np.cumsum((0, *tables_lib.segments(k)))[:-1]
+        step = step * 2.0 ** (k - 2 - firsts.astype(np.float32))[:, None, None]
+        offset = jnp.zeros_like(spread[..., 0, :, :])
+        quantizer[str(k)] = {"steps": jnp.log2(step), "offset": offset}
     return quantizer
 
 
@@ -248,16 +248,20 @@ def _assign(w, tables, spec):
     low, high = low[..., :, None, :], high[..., :, None, :]
     narrow = [k for k in spec.widths if k <= _ENUMERATED]
     first = max(narrow, default=min(top, _ENUMERATED))
-    rest = top - first  # bits after the enumerated prefix; top > 4 is uniform
-    if rest:
-        delta = 2 * alpha[..., -1, :, None, :]
-        exact = jnp.round((w - low) / jnp.where(delta > 0, delta, 1))
+    if len(tables_lib.segments(top)) == 2:
+        first = tables_lib.segments(top)[0]
+    rest = top - first  # bits after the enumerated prefix, which halve from one to the next
 
     prefix = jnp.arange(2**first).reshape(-1, *[1] * w.ndim)  # a leading axis of candidates
     if rest:
-        start = (prefix << rest).astype(w.dtype)
-        code = jnp.clip(exact, start, start + (2**rest - 1))
-        cost = 4.0**top * (w - low - delta * code) ** 2
+        delta = 2 * alpha[..., -1, :, None, :]
+        start = low + sum(
+            2 * alpha[..., p, :, None, :] * ((prefix >> (first - 1 - p)) & 1) for p in range(first)
+        )
+        tail = jnp.round((w - start) / jnp.where(delta > 0, delta, 1))
+        tail = jnp.clip(tail, 0, 2**rest - 1)
+        code = (prefix << rest) + tail.astype(jnp.int32)
+        cost = 4.0**top * (w - start - delta * tail) ** 2
     else:
         code, cost = prefix, jnp.zeros((), w.dtype)
     for k in narrow:

@@ -19,6 +19,11 @@ CHUNK = 1 << 24
 """Weights that are quantised at once: by estimate 2 GB of working memory at four widths."""
 
 
+WEIGHTS = (1.0, 4.0, 16.0, 64.0, 6.4, 6.4, 6.4, 6.4)
+"""How much the error of each width counts: about as much as that of others, which it is a quarter
+of or four times; and beyond four planes so little that these are as good as without the others."""
+
+
 def quantize(
     w: jax.Array,
     bits: int = 4,
@@ -42,7 +47,7 @@ def quantize(
       gram: float [..., d_in, d_in], sums of x x' over calibration inputs x; None minimises the
         plain squared error of the weights.
       widths: widths that get a table, ascending up to `bits`; by default 1..bits.
-      weights: lambda_k, how much each width's error counts; by default 4**(k - 1).
+      weights: lambda_k, how much each width's error counts; by default `WEIGHTS`.
       rotated: rotates input features first, see `mcjax.rotation`; for trained weights and inputs,
         of which some stand out.
       damping: fraction of the Gram matrix's mean diagonal added to its diagonal.
@@ -61,7 +66,7 @@ def quantize(
     widths = tuple(range(1, bits + 1)) if widths is None else tuple(int(k) for k in widths)
     if not widths or widths[-1] != bits or sorted(set(widths)) != list(widths) or widths[0] < 1:
         raise ValueError(f"widths must ascend from at least 1 to bits={bits}, got {widths}")
-    weights = tuple(4.0 ** (k - 1) for k in widths) if weights is None else tuple(weights)
+    weights = tuple(WEIGHTS[k - 1] for k in widths) if weights is None else tuple(weights)
     if len(weights) != len(widths) or min(weights) <= 0:
         raise ValueError(f"weights must be {len(widths)} positive numbers, got {weights}")
     if w.ndim < 2 or not jnp.issubdtype(w.dtype, jnp.floating):

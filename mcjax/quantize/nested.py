@@ -259,7 +259,7 @@ def stored_tables(tables, widths):
     """Tables as `BitPlanes` keeps them: for each width uint8 [rows_k, groups, d_out]."""
     stored = []
     for i, k in enumerate(widths):
-        rows = [*range(tables_lib.num_steps(k)), *[-1] * tables_lib.has_offset(k)]
+        rows = [*range(tables_lib.num_steps(k)), -1]
         stored.append(jnp.swapaxes(tables[:, np.array(rows), i], 0, 1))
     return tuple(stored)
 
@@ -313,7 +313,7 @@ def _mixing(widths):
     mixing = np.zeros((steps + 1, len(widths), bits + 1), np.float32)
     for i, k in enumerate(widths):
         mixing[: tables_lib.num_steps(k), i, :k] = tables_lib.basis(k)
-        mixing[-1, i, -1] = tables_lib.has_offset(k)
+        mixing[-1, i, -1] = 1
     return mixing
 
 
@@ -389,7 +389,10 @@ def _first_table(w, diagonal, widths):
             ratio = 2.0 ** np.arange(k - 1, -1, -1) / (2**k - 1)
             steps, _ = tables_lib.round_step(ratio[:, None] * half_span)
         else:
-            steps = _clipping(w, diagonal, k, mean, floor)[None]
+            first = _clipping(w, diagonal, k, mean, floor)
+            places = np.cumsum((0, *tables_lib.segments(k)))[:-1]
+            steps = tables_lib.step_value(first) / 2.0 ** places[:, None]
+            steps, _ = tables_lib.round_step(steps)
         each.append(jnp.pad(steps, ((0, rows - len(steps)), (0, 0))))
     table = jnp.stack(each, axis=1)
     half_span = _half_span(tables_lib.step_value(table[:-1]), widths)
@@ -402,7 +405,9 @@ def _clipping(w, diagonal, width, mean, floor):
     span = 2**width - 1
 
     def clipped(fraction):
-        code, step = tables_lib.round_step(jnp.maximum(fraction * peak, floor) * 2 / span)
+        half_span = jnp.maximum(fraction * peak, floor)
+        code, first = tables_lib.round_step(half_span * 2 ** (width - 1) / span)
+        step = first * 0.5 ** (width - 2)
         half_span = step * span / 2
         offset = tables_lib.round_offset(mean, half_span)[1]
         level = jnp.round((w - offset + half_span) / jnp.where(step > 0, step, 1))
