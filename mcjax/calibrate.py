@@ -220,7 +220,7 @@ def expert_errors(
     after=None,
     eps: float = 0.0,
 ) -> jax.Array:
-    """Squared change of the block's output when one expert alone is served at one width.
+    """Squared change of the block's output when a part of one expert alone is at one width.
 
     Args:
       activation: of the experts.
@@ -232,8 +232,9 @@ def expert_errors(
       eps: of that norm.
 
     Returns:
-      float32 [B, widths]: ``sum_t (w_te ||f_e(x_t) - f_e,k(x_t)||)^2``, to be added over batches;
-      the Frobenius norm of PMQ is its square root.
+      float32 [B, 2, widths]: ``sum_t (w_te ||f_e(x_t) - f_e,k(x_t)||)^2`` with `gate` and `up` at
+      width k, and with `down`; to be added over batches. The Frobenius norm of PMQ is about the
+      square root of both together.
     """
     experts, widths = weights["gate"].shape[0], planes["gate"].widths
     rows = _rows(seen, first, experts)
@@ -244,14 +245,16 @@ def expert_errors(
 
     def of_expert(given):
         e, own, planes = given
-        at = [own | {n: p.slice(k).dequantize() for n, p in planes.items()} for k in widths]
+        narrow = [{n: p.slice(k).dequantize() for n, p in planes.items()} for k in widths]
+        at = [own | {name: one[name] for name in ("gate", "up")} for one in narrow]
+        at += [own | {"down": one["down"]} for one in narrow]
 
         def visit(x, weight, total):
             exact = output(own, x)
             change = [jnp.sum((output(one, x) - exact) ** 2, axis=-1) for one in at]
             return total + jnp.stack(change) @ weight**2
 
-        return _over_rows(seen.x, rows, e, visit, jnp.zeros(len(widths)))
+        return _over_rows(seen.x, rows, e, visit, jnp.zeros(2 * len(widths))).reshape(2, -1)
 
     return lax.map(of_expert, (jnp.arange(experts), weights, planes))
 

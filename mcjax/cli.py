@@ -201,7 +201,7 @@ def _info(arguments: argparse.Namespace) -> None:
     from mcjax.checkpoint import ArtifactReader, verify
     from mcjax.report import describe, plot
 
-    facts = describe(arguments.out, arguments.budget)
+    facts = describe(arguments.out, arguments.budget, arguments.policy)
     if arguments.verify:
         checked = verify(ArtifactReader(arguments.out))
         print(f"all {_size(checked)} match their checksums", file=sys.stderr)
@@ -220,15 +220,23 @@ def _info(arguments: argparse.Namespace) -> None:
         "group_sizes",
         "bytes",
         "feasible_budgets",
+        "feasible_bytes",
         "calibration",
     ):
         print(f"{key:18} {facts[key]}")
     for layer, expert, tokens in facts["rare_experts"]:
         print(f"rare               expert {expert} of layer {layer}: {tokens} calibration tokens")
     if facts["allocation"] is not None:
-        print(f"allocation at {facts['budget']} bits (rows are layers)")
+        unit = "" if isinstance(facts["budget"], str) else " bits"
+        print(f"allocation at {facts['budget']}{unit} (rows are layers)")
         for row in facts["allocation"]:
-            print("  " + " ".join(map(str, row)))
+            each = (width if isinstance(width, int) else "/".join(map(str, width)) for width in row)
+            print("  " + " ".join(map(str, each)))
+        if isinstance(facts["budget"], str):
+            print("widths of all else")
+            for layer, part, width in facts["widths"]:
+                print(f"  layer {layer} {part} {width}")
+        print(f"predicted loss     {facts['predicted_loss']:.4f} nats a token")
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -239,6 +247,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         arguments.model,
         arguments.text,
         budget=arguments.budget,
+        policy=arguments.policy,
         bits=arguments.bits,
         attention_bits=arguments.attention_bits,
         seq_len=arguments.seq_len,
@@ -283,6 +292,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         arguments.model,
         arguments.prompt,
         budget=arguments.budget,
+        policy=arguments.policy,
         bits=arguments.bits,
         attention_bits=arguments.attention_bits,
         **_pruning(arguments),

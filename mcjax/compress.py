@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from mcjax import checkpoint, text
+from mcjax import checkpoint, probe, text
 from mcjax.atomic import whole
 from mcjax.bitplane import BitPlanes, resolve_group_size
 from mcjax.calibrate import Seen, expert_errors, expert_grams, observe, pruning_statistics, use
@@ -31,9 +31,6 @@ from mcjax.serving import ATTENTION_BITS
 from mcjax.tune_artifact import Setting, outputs, settings, tune_artifact, windows_wanted
 
 ATTENTION_WIDTHS = (2, 3, 4, 8)
-ATTENTION_WEIGHTS = (0.0625, 0.25, 1.0, 1.0)
-"""How much each of those widths' errors counts, see `mcjax.quantize`."""
-
 TRAVELS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -179,6 +176,7 @@ def compress(
         (partial_out / TUNING).unlink(missing_ok=True)
         for i in range(len(decoder.layers)):
             (partial_out / f"layer_{i}.json").unlink()
+            (partial_out / f"probe_{i}.npz").unlink()
         shutil.rmtree(partial_out / UNTUNED, ignore_errors=True)
         (partial_out / "identity.json").unlink()
         os.replace(partial_out, out)
@@ -236,18 +234,28 @@ def _run(folder, windows, lessons, directory, identity, given, batch_tokens, pro
     x = np.array(embed(decoder, outside, tokens, jnp.float32))
     del outside
     batch = max(1, min(len(windows), batch_tokens // windows.shape[1]))
-    places = weights.budgeted_layers(decoder)
+    places, probed = weights.budgeted_layers(decoder), probe.begin(windows.shape[1])
     records = []
     for i in progress(range(len(decoder.layers)), description="layers"):
         given_here = given[places.index(i)] if given is not None and i in places else None
-        x = _one_layer(folder, i, x, len(windows), batch, directory, identity, given_here)
+        options = len(windows), batch, directory, identity, given_here
+        x, probed = _one_layer(folder, i, x, probed, *options)
         records.append(read_json(directory / f"layer_{i}.json"))
+    followed = slice(probed.windows)
+    outside = folder.read_rest()
+    far = probe.divergences(decoder, outside, windows[followed], x[followed], probed)
+    for (i, tap), value in far.items():
+        records[i]["parts"][tap]["divergence"] = value
+    plain = sum(leaf.nbytes for leaf in jax.tree.leaves(_narrow(outside)))
     names = ("frequency", "routing_weight", "error", "ratio", "slope")
     manifest = {
         **identity,
         "statistics": {
             "bits": list(range(1, identity["max_bits"] + 1)),
             **{name: [r[name] for r in records if name in r] for name in names},
+            "others": list(ATTENTION_WIDTHS),
+            "parts": [record["parts"] for record in records],
+            "plain_bytes": plain + sum(record["plain_bytes"] for record in records),
             "tokens": windows.size,
         },
         "checksums": {
@@ -281,9 +289,17 @@ def _tune(
 
 
 def _one_layer(
-    folder, i: int, x: np.ndarray, watched: int, batch: int, directory: Path, identity, experts
+    folder,
+    i: int,
+    x: np.ndarray,
+    probed,
+    watched: int,
+    batch: int,
+    directory: Path,
+    identity,
+    given,
 ):
-    """Saves a layer unless it is there; returns its output for all windows, and holds no more."""
+    """Saves a layer unless it is there; its output for all windows and for what is probed."""
     decoder = folder.decoder
     stored: dict[str, Any] = {}
     for name, value in folder.read_layer(i):
@@ -292,12 +308,22 @@ def _one_layer(
     own = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), stored)
     done = directory / f"layer_{i}.json"
     y, grams, seen = _observe(decoder, i, own, x, 0 if done.exists() else watched, batch)
+    run = partial(_outputs, decoder, i)
+    states = [run(own, state) for state in probed.states]
+    taps = weights.by_tap(decoder.layers[i], decoder.width)
+    place = [*probed.place, *((i, tap) for tap in taps)]
+    beginnings = directory / f"probe_{i}.npz"
     if done.exists():
-        return y
+        new = probe.restore(beginnings)
+        return y, probed._replace(place=place, states=[*states, *(new[tap] for tap in taps)])
     shutil.rmtree(directory / "layers" / str(i), ignore_errors=True)
-    record, planes = _quantize_layer(decoder, i, own, grams, seen, identity, experts)
+    record, planes = _quantize_layer(decoder, i, own, grams, seen, identity, given)
+    new = probe.start(taps, own, planes, x[: probed.windows], run)
+    probe.save(beginnings, new)
     del own
     tree = _narrow(stored)
+    plain = (r for r in weights.roles(decoder.layers[i], decoder.width) if r.tap is None)
+    record["plain_bytes"] = sum(weights.get(tree, role.path).nbytes for role in plain)
     for path, value in planes.items():
         weights.put(tree, path, value)
     (directory / "layers").mkdir(exist_ok=True)
@@ -305,7 +331,11 @@ def _one_layer(
         directory / "layers" / str(i), tree, checkpoint.BY_EXPERT
     )
     _write_json(done, record)
-    return y
+    return y, probed._replace(place=place, states=[*states, *new.values()])
+
+
+def _outputs(decoder: Decoder, i: int, own: Any, x: np.ndarray) -> np.ndarray:
+    return np.asarray(outputs(decoder.layers[i], decoder.norm_eps, own, x))
 
 
 def _observe(decoder: Decoder, i: int, own: Any, x: np.ndarray, watched: int, batch: int):
@@ -335,11 +365,18 @@ def _quantize_layer(decoder: Decoder, i: int, own: Any, grams, seen, identity, e
         if role.tap is not None and role.path not in paths:
             others.setdefault(role.tap, {})[role.path] = weights.get(own, role.path)
     planes: dict[tuple[str, ...], Any] = {}
-    options: Any = effort | {"widths": ATTENTION_WIDTHS, "weights": ATTENTION_WEIGHTS}
+    options: Any = effort | {"widths": ATTENTION_WIDTHS}
+    parts: dict[str, Any] = {}
     for tap, matrices in others.items():
-        planes |= _quantize_alike(matrices, ATTENTION_WIDTHS[-1], grams[tap], options)
+        made = _quantize_alike(matrices, ATTENTION_WIDTHS[-1], grams[tap], options)
+        each = [
+            probe.squared_changes(matrix, made[path], grams[tap], ATTENTION_WIDTHS)
+            for path, matrix in matrices.items()
+        ]
+        parts[tap] = _part(ATTENTION_WIDTHS, sum(each))
+        planes |= made
     if not shared_out:
-        return {}, planes
+        return {"parts": parts}, planes
     path = shared_out[0].path[:-1]
     dense = weights.get(own, path)
     dense = {n: w for n, w in dense.items() if n.split("_")[0] in EXPERT_WEIGHTS}
@@ -358,17 +395,26 @@ def _quantize_layer(decoder: Decoder, i: int, own: Any, grams, seen, identity, e
         return made | _quantize_alike({"down": mine["down"]}, bits, hidden, effort)
 
     after = None if routed else own.get(weights.AFTER)
-    made, error = _by_blocks(decoder, layer, dense, seen, make, after)
+    made, squared = _by_blocks(decoder, layer, dense, seen, make, after)
+    for n, tap in enumerate(dict.fromkeys(str(role.tap) for role in shared_out)):
+        parts[tap] = _part(made["gate"].widths, squared[:, n])
+    error = np.sqrt(squared.sum(axis=1))
     planes |= {
         (*path, name): p if routed else jax.tree.map(lambda a: a[0], p) for name, p in made.items()
     }
-    frequency, weight = use(len(error), seen)
+    frequency, weight = use(len(squared), seen)
     record = {"frequency": frequency, "routing_weight": weight, "error": error}
     if isinstance(layer.block, Routed):
         pruning = pruning_statistics(layer.block, dense, seen)
         record |= {"ratio": pruning.ratio, "slope": pruning.slope}
         planes[checkpoint.INTERCEPT] = pruning.intercept.astype(ml_dtypes.bfloat16)
-    return {name: value.tolist() for name, value in record.items()}, planes
+    record = {name: value.tolist() for name, value in record.items()}
+    return {**record, "parts": parts}, planes
+
+
+def _part(widths: tuple[int, ...], squared) -> dict[str, Any]:
+    """What a layer's record says of a part, see `mcjax.allocate.costs`."""
+    return {"width": probe.probed_width(widths), "squared": np.asarray(squared).tolist()}
 
 
 def _quantize_alike(matrices: Mapping[Any, Any], bits: int, gram: Any, options: Any) -> dict:
@@ -386,7 +432,7 @@ def _quantize_alike(matrices: Mapping[Any, Any], bits: int, gram: Any, options: 
 
 
 def _by_blocks(decoder: Decoder, layer: Layer, dense: Any, seen, make, after):
-    """Experts' planes on the host and their errors [E, widths], a block of experts at a time."""
+    """Experts' planes on the host and `expert_errors` [E, 2, widths], some experts at a time."""
     count, *features = dense["gate"].shape
     step = max(1, min(count, GRAM_BYTES // (4 * sum(n * n for n in features))))
     parts, errors = [], []
@@ -399,7 +445,7 @@ def _by_blocks(decoder: Decoder, layer: Layer, dense: Any, seen, make, after):
         errors.append(np.asarray(sum(each)))
         parts.append(jax.device_get(made))
     whole_layer = jax.tree.map(lambda *a: np.concatenate(a), *parts)
-    return whole_layer, np.sqrt(np.concatenate(errors))
+    return whole_layer, np.concatenate(errors)
 
 
 def _prepare(directory: Path, identity: dict[str, Any], resume: bool) -> None:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mcjax import checkpoint, parameters, pmq, serving, text
+from mcjax import allocate, checkpoint, parameters, serving, text
 from mcjax.atomic import whole
 from mcjax.baseline import dedicated_gptq
 from mcjax.compress import compress
@@ -98,7 +98,7 @@ def measure(
     decoder, params = folder.decoder, folder.read(np.float32)
     module = LanguageModel(decoder)
     manifest = checkpoint.read_manifest(artifact)
-    stats = serving.statistics(manifest)
+    stored, shape = manifest["statistics"]["bits"], np.shape(manifest["statistics"]["frequency"])
 
     def read(name):
         tokens = text.encode_file(folder.tokenizer_path, EMBEDDED / name, decoder.vocab_size)
@@ -111,13 +111,12 @@ def measure(
         return text.perplexity(module, params, held_out)
 
     # Every width dequantised once; an allocation then picks among them, in one compiled program.
-    by_width = {k: _dequantized(serving.load(artifact, bits=k).params) for k in stats.bits}
-    published = pmq.ExpertStatistics(
-        frequency=stats.frequency,
-        routing_weight=stats.routing_weight,
-        error=stats.error[..., :3],
-        bits=stats.bits[:3],
-    )
+    by_width = {k: _dequantized(serving.load(artifact, bits=k).params) for k in stored}
+
+    def mixed(allocation):
+        widths = allocate.of_experts(decoder, manifest, allocation, serving.ATTENTION_BITS)
+        return _mixed(decoder, by_width, widths)
+
     facts: dict[str, Any] = {"full": perplexity(params)[0], "tokens": held_out.size}
     rng, rows = np.random.default_rng(0), []
     for budget in progress(BUDGETS, description="budgets"):
@@ -126,22 +125,22 @@ def measure(
             "budget": budget,
             "effective_bits": model.effective_bits,
             "bytes_read": model.bytes_read,
-            "artifact": perplexity(_mixed(decoder, by_width, model.allocation))[0],
+            "artifact": perplexity(mixed(model.allocation))[0],
         }
         if np.ptp(model.allocation):
             shuffled = [rng.permuted(model.allocation, axis=1) for _ in range(SHUFFLES)]
-            values = [perplexity(_mixed(decoder, by_width, widths))[0] for widths in shuffled]
+            values = [perplexity(mixed(allocation))[0] for allocation in shuffled]
             row["shuffled"] = float(np.mean(values))
-        if budget in stats.bits:
-            rival = np.full(stats.frequency.shape, int(budget))
+        if budget in stored:
+            rival = np.full(shape, int(budget))
             row["uniform"] = perplexity(by_width[int(budget)])[0]
         else:
-            rival = pmq.allocate(published, budget)
+            rival = allocate.published(manifest, budget)
         row["gptq"] = perplexity(dedicated_gptq(folder, calibration, rival))[0]
         rows.append(row)
 
     pruning = parameters.read_pruning(checkpoint.ArtifactReader(artifact))
-    served = _mixed(decoder, by_width, serving.load(artifact, _PRUNED_BUDGET).allocation)
+    served = mixed(serving.load(artifact, _PRUNED_BUDGET).allocation)
     plain = {"16": facts["full"], f"{_PRUNED_BUDGET:g}": rows[2]["artifact"]}
     costs = []
     for bits, dense in progress(
@@ -262,15 +261,15 @@ def _dequantized(params: Any) -> Any:
     )
 
 
-def _mixed(decoder: Decoder, by_width: Mapping[int, Any], allocation: np.ndarray) -> Any:
+def _mixed(decoder: Decoder, by_width: Mapping[int, Any], widths: allocate.Widths) -> Any:
     """Dense parameters whose every expert has its own width, from those of each width."""
-    widths = sorted(by_width)
-    params = jax.tree.map(lambda a: a, by_width[widths[0]])
+    stored = sorted(by_width)
+    params = jax.tree.map(lambda a: a, by_width[stored[0]])
     for member in weights.members(decoder):
         for role in weights.budgeted(decoder, member.layer):
             path = member.path + role.path
-            own = weights.widths_of(decoder, member, role, allocation)
-            every = jnp.stack([weights.get(by_width[k], path) for k in widths])
-            made = every[np.searchsorted(widths, own), *np.indices(own.shape)]
+            own = parameters.widths_of(member.numbers, role, widths)
+            every = jnp.stack([weights.get(by_width[k], path) for k in stored])
+            made = every[np.searchsorted(stored, own), *np.indices(own.shape)]
             weights.put(params, path, made)
     return params

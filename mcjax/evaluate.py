@@ -24,7 +24,8 @@ def evaluate(
     path: str | Path,
     text_path: str | Path,
     *,
-    budget: float | None = None,
+    budget: float | str | None = None,
+    policy: str = "loss",
     bits: int | None = None,
     seq_len: int = 512,
     max_tokens: int | None = None,
@@ -43,7 +44,8 @@ def evaluate(
       text_path: a text, see `mcjax.documents.read_documents`, tokenised whole and cut into
         consecutive windows; the tail is dropped. A token that texts begin with takes the first
         place of each window.
-      budget: average bits per expert weight, for an artifact.
+      budget: as in `mcjax.load`, for an artifact.
+      policy: as there.
       bits: one width for every expert, for an artifact.
       seq_len: tokens in a window.
       max_tokens: use only the first windows, up to so many tokens.
@@ -79,6 +81,7 @@ def evaluate(
     model = serving.load(
         path,
         budget,
+        policy=policy,
         bits=bits,
         attention_bits=attention_bits,
         act_bits=act_bits,

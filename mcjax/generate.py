@@ -249,7 +249,8 @@ def generate_text(
     path: str | Path,
     prompts: Sequence[str],
     *,
-    budget: float | None = None,
+    budget: float | str | None = None,
+    policy: str = "loss",
     bits: int | None = None,
     attention_bits: int | None = None,
     act_bits: int | None = None,
@@ -272,6 +273,7 @@ def generate_text(
       path: an artifact; or a folder or a name on the hub, served dense and without pruning.
       prompts: texts, continued as one batch.
       budget: as in `mcjax.load`.
+      policy: as there.
       bits: as in `mcjax.load`.
       attention_bits: as in `mcjax.load`.
       act_bits: as in `mcjax.load`.
@@ -307,6 +309,7 @@ def generate_text(
     model = serving.load(
         path,
         budget,
+        policy=policy,
         bits=bits,
         attention_bits=attention_bits,
         act_bits=act_bits,

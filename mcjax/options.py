@@ -123,7 +123,8 @@ def _info(commands: argparse._SubParsersAction) -> None:
         "reached, and how a budget is shared out.",
     )
     command.add_argument("out", metavar="OUT", help="an artifact")
-    command.add_argument("--budget", type=float, help="average bits per expert weight")
+    _add_budget(command)
+    _add_policy(command)
     command.add_argument(
         "--plot",
         metavar="FILE.png",
@@ -149,10 +150,9 @@ def _evaluate(commands: argparse._SubParsersAction) -> None:
         "--text", metavar="TEXT", required=True, help="a text, as --calibration of `compress` has"
     )
     width = command.add_mutually_exclusive_group()
-    width.add_argument(
-        "--budget", type=float, help="average bits per expert weight, shared out by PMQ"
-    )
+    _add_budget(width)
     width.add_argument("--bits", type=int, help="one width for every expert")
+    _add_policy(command)
     _add_attention_bits(command)
     _add_pruning(command)
     command.add_argument(
@@ -182,8 +182,9 @@ def _generate(commands: argparse._SubParsersAction) -> None:
         "--prompt", metavar="TEXT", required=True, action="append", help="repeat for a batch"
     )
     width = command.add_mutually_exclusive_group()
-    width.add_argument("--budget", type=float, help="average bits per expert weight")
+    _add_budget(width)
     width.add_argument("--bits", type=int, help="one width for every expert")
+    _add_policy(command)
     _add_attention_bits(command)
     _add_pruning(command)
     command.add_argument(
@@ -221,6 +222,37 @@ def _generate(commands: argparse._SubParsersAction) -> None:
         help="the prompt is a user's message, answered in the model's chat template",
     )
     _add_cache(command)
+
+
+def _budget(text: str) -> float | str:
+    """A budget as it was written, checked."""
+    from mcjax.allocate import Bytes, parse  # cvxpy is not wanted for --help
+
+    try:
+        found = parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text if isinstance(found, Bytes) else found
+
+
+def _add_budget(command: argparse._ActionsContainer) -> None:
+    command.add_argument(
+        "--budget",
+        type=_budget,
+        metavar="BITS|BYTES",
+        help="average bits per expert weight, such as 2.5; or bytes for all that is read, such as "
+        "4.2GB (4.2e9) or 4GiB, which attention and all else then share",
+    )
+
+
+def _add_policy(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--policy",
+        choices=["loss", "paper"],
+        default="loss",
+        help="share a budget out by what each expert, matrix and layer costs at the end of the "
+        "model (default), or by MC-MoE's published rule for experts",
+    )
 
 
 def _add_attention_bits(command: argparse.ArgumentParser) -> None:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mcjax.allocate import Widths
 from mcjax.bitplane import BitPlanes, MixedPlanes, draft_widths, empty, places
 from mcjax.checkpoint import INTERCEPT, ArtifactReader, unflatten
 from mcjax.models import weights
@@ -55,15 +56,12 @@ class _Room:
             place[...] = value
 
 
-def read_layers(
-    reader: ArtifactReader, allocation: Sequence[Sequence[int]], other_bits: int
-) -> dict[str, Any]:
+def read_layers(reader: ArtifactReader, widths: Widths) -> dict[str, Any]:
     """Parameters of all layers, stacked as a `LanguageModel` has them.
 
     Args:
       reader: of the artifact.
-      allocation: width of each expert, [layers that a budget is about][experts].
-      other_bits: width of the other products' weights.
+      widths: of each part.
     """
     decoder, room = reader.decoder, _Room(reader)
     params: dict[str, Any] = {}
@@ -72,13 +70,13 @@ def read_layers(
         mine = member.numbers
         paths = {role.path for role in weights.budgeted(decoder, member.layer)}
         for role in weights.roles(member.layer, decoder.width):
-            if role.path in paths:
-                widths = weights.widths_of(decoder, member, role, allocation)
-                made, fills = _mixed(room, role, mine, widths)
-            elif role.tap is not None:
-                made, fills = _uniform(room, role, mine, other_bits)
-            else:
+            own = widths_of(mine, role, widths)
+            if role.tap is None:
                 made, fills = _plain(room, role, mine)
+            elif role.path in paths or np.ptp(own):
+                made, fills = _mixed(room, role, mine, own)
+            else:
+                made, fills = _uniform(room, role, mine, int(own.flat[0]))
             weights.put(params, member.path + role.path, made)
             for i, fill in zip(mine, fills, strict=True):
                 by_layer[i].append(fill)
@@ -87,6 +85,11 @@ def read_layers(
             fill()
         room.read()
     return jax.device_put(params)
+
+
+def widths_of(layers: Sequence[int], role: Role, widths: Widths) -> np.ndarray:
+    """Widths int [R, ...] of a role in some layers, the dots being experts for routed ones."""
+    return np.array([widths[i, role.tap] for i in layers if role.tap is not None])
 
 
 def _plain(room: _Room, role: Role, layers: Sequence[int]):
@@ -136,15 +139,13 @@ def _empty_planes(room: _Room, shape, widths) -> Any:
     return jax.tree.map(lambda a: room.empty(a.shape, a.dtype), like)
 
 
-def refine_layers(
-    reader: ArtifactReader, params: Any, allocation: Sequence[Sequence[int]]
-) -> dict[str, Any]:
+def refine_layers(reader: ArtifactReader, params: Any, widths: Widths) -> dict[str, Any]:
     """The same parameters at other widths; planes that are held stay on their device.
 
     Args:
       reader: of the artifact.
       params: as `read_layers` gives them.
-      allocation: as there.
+      widths: as there.
 
     Returns:
       New parameters; no array of the given ones changes.
@@ -152,11 +153,15 @@ def refine_layers(
     decoder = reader.decoder
     params = jax.tree.map(lambda a: a, params)
     for member in weights.members(decoder):
-        for role in weights.budgeted(decoder, member.layer):
-            widths = weights.widths_of(decoder, member, role, allocation)
+        for role in weights.roles(member.layer, decoder.width):
+            if role.tap is None:
+                continue
+            wanted = widths_of(member.numbers, role, widths)
             held = weights.get(params, member.path + role.path)
-            made = _refined(reader, role, member.numbers, held, widths)
-            weights.put(params, member.path + role.path, made)
+            held = weights.looked_up(held) if isinstance(held, BitPlanes) else held
+            if (held.allocation != wanted).any():
+                made = _refined(reader, role, member.numbers, held, wanted)
+                weights.put(params, member.path + role.path, made)
     return params
 
 

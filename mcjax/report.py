@@ -8,38 +8,50 @@ from typing import Any
 
 import numpy as np
 
-from mcjax import checkpoint, pmq, serving, tables
+from mcjax import allocate, checkpoint, serving
 from mcjax.atomic import whole
-from mcjax.bitplane import padded, resolve_group_size
+from mcjax.bitplane import resolve_group_size
 from mcjax.compress import coverage
-from mcjax.models import families, weights
 
 MEASURED = "measured.jsonl"
 """Beside the artifact's data: what `mcjax eval` has measured on it, one JSON object a line."""
 
 
-def describe(path: str | Path, budget: float | None = None) -> dict[str, Any]:
+def describe(
+    path: str | Path, budget: float | str | None = None, policy: str = "loss"
+) -> dict[str, Any]:
     """Facts about an artifact.
 
     Args:
       path: the artifact.
-      budget: average bits per expert weight to allocate, or None.
+      budget: to allocate, as in `mcjax.load`, or None.
+      policy: as there.
 
     Returns:
-      JSON-ready facts; `allocation` is [L][E] widths or None, `use` each expert's share of its
-      layer's routed tokens, `expert_bytes` the bytes of all experts at each uniform width.
+      JSON-ready facts; `allocation` is [L][E] widths, or [L][E][2] of `gate` and `up`, and `down`,
+      or None; `widths` what each layer's other parts have; `predicted_loss` what both cost by the
+      artifact's measurements, nats a token; `use` each expert's share of its layer's routed tokens;
+      `expert_bytes` the bytes of all experts at each uniform width; `feasible_budgets` the least
+      and most bits; `feasible_bytes` the least and most bytes.
 
     Raises:
       ValueError: if it is not a sound artifact, or the budget is not feasible.
     """
     path = Path(path)
-    manifest = checkpoint.read_manifest(path, "model")
-    stats = serving.statistics(manifest)
-    layers, experts = stats.frequency.shape
-    allocation = None
+    reader = checkpoint.ArtifactReader(path, "model")
+    manifest, decoder = reader.manifest, reader.decoder
+    kept = manifest["statistics"]
+    stored, frequency = kept["bits"], np.array(kept["frequency"])
+    layers, experts = frequency.shape
+    every = allocate.parts(decoder, manifest)
+    allocation, others, predicted = None, None, None
     if budget is not None:
-        allocation = serving.resolve_allocation(manifest, budget, None, None)
-    total = stats.frequency.sum(axis=1, keepdims=True)
+        widths = serving.resolve_widths(reader, budget, None, None, None, policy)
+        allocation = allocate.to_experts(decoder, widths).tolist()
+        rest = [part for part in every if not part.budgeted]
+        others = [[p.layer, p.tap, int(widths[p.layer, p.tap])] for p in rest]
+        predicted = allocate.predicted_loss(decoder, manifest, widths)
+    total = frequency.sum(axis=1, keepdims=True)
     return {
         "path": str(path),
         "format_version": manifest["format_version"],
@@ -48,45 +60,42 @@ def describe(path: str | Path, budget: float | None = None) -> dict[str, Any]:
         "layers": layers,
         "experts": experts,
         "max_bits": manifest["max_bits"],
-        "group_sizes": sorted({_group_size(manifest, role) for _, role in _roles(manifest)}),
+        "group_sizes": sorted(
+            {
+                resolve_group_size(role.shape[-2], manifest["group_size"])
+                for part in every
+                if part.budgeted
+                for role in part.roles
+            }
+        ),
         "attention_widths": manifest["attention_widths"],
-        "layer_numbers": list(weights.budgeted_layers(families.describe(manifest["config"])[1])),
+        "layer_numbers": list(dict.fromkeys(part.layer for part in every if part.budgeted)),
         "bytes": sum(f.stat().st_size for f in path.rglob("*") if f.is_file()),
         "expert_bytes": {
-            k: expert_bytes(manifest, np.full((layers, experts), k)) for k in stats.bits
+            k: sum(
+                part.bytes(k, manifest["group_size"]) * (part.experts or 1)
+                for part in every
+                if part.budgeted
+            )
+            for k in stored
         },
-        "feasible_budgets": list(pmq.feasible_budgets(stats.bits, experts, rows=False)),
+        "feasible_budgets": [float(stored[0]), float(stored[-1])],
+        "feasible_bytes": [
+            kept["plain_bytes"]
+            + sum(
+                part.bytes(part.widths[at], manifest["group_size"]) * (part.experts or 1)
+                for part in every
+            )
+            for at in (0, -1)
+        ],
         "rare_experts": coverage(manifest),
-        "use": (stats.frequency / np.where(total > 0, total, 1)).tolist(),
+        "use": (frequency / np.where(total > 0, total, 1)).tolist(),
         "budget": budget,
-        "allocation": None if allocation is None else [list(row) for row in allocation],
+        "allocation": allocation,
+        "widths": others,
+        "predicted_loss": predicted,
         "measured": _measured(path),
     }
-
-
-def expert_bytes(manifest: dict[str, Any], allocation: np.ndarray) -> int:
-    """Bytes of all expert weights with their tables at an allocation [L, E]."""
-    total = 0
-    for row, role in _roles(manifest):
-        d_in, d_out = padded(role.shape[-2]), role.shape[-1]
-        for width in map(int, np.asarray(allocation)[row]):
-            table = tables.num_rows(width) * d_in // _group_size(manifest, role)
-            total += d_out * (width * d_in // 8 + table)
-    return total
-
-
-def _roles(manifest: dict[str, Any]) -> list[tuple[int, weights.Role]]:
-    """The weights that a budget is about, each with its row of an allocation."""
-    decoder = families.describe(manifest["config"])[1]
-    return [
-        (row, role)
-        for row, i in enumerate(weights.budgeted_layers(decoder))
-        for role in weights.budgeted(decoder, decoder.layers[i])
-    ]
-
-
-def _group_size(manifest: dict[str, Any], role: weights.Role) -> int:
-    return resolve_group_size(role.shape[-2], manifest["group_size"])
 
 
 def plot(facts: dict[str, Any], file: str | Path) -> None:
@@ -130,14 +139,20 @@ def _heat_map(figure, axis, facts):
     import matplotlib.pyplot as plt
 
     if facts["allocation"] is not None:
-        values = np.array(facts["allocation"])
+        each = np.array(facts["allocation"])
+        values = each if each.ndim == 2 else each.mean(axis=2)
         levels = facts["max_bits"]
         image = axis.imshow(
             values, cmap=plt.get_cmap("viridis", levels), vmin=0.5, vmax=levels + 0.5, aspect="auto"
         )
         figure.colorbar(image, ax=axis, label="bits", ticks=range(1, levels + 1))
-        axis.set_title(f"expert widths at {facts['budget']:g} bits on average")
-        labels = values.astype(str)
+        budget = facts["budget"]
+        unit = budget if isinstance(budget, str) else f"{budget:g} bits on average"
+        axis.set_title(f"expert widths at {unit}")
+        labels = each.astype(str)
+        if each.ndim == 3:  # of gate and up, and of down
+            axis.set_title(f"expert widths (gate and up, down) at {unit}")
+            labels = np.char.add(np.char.add(labels[..., 0], " "), labels[..., 1])
     else:
         values = np.array(facts["use"])
         image = axis.imshow(values, cmap="magma", vmin=0, aspect="auto")

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mcjax import checkpoint, odp, parameters, pmq
-from mcjax.bitplane import MixedPlanes
+from mcjax import allocate, checkpoint, odp, parameters
+from mcjax.bitplane import BitPlanes, MixedPlanes
 from mcjax.hub import Folder, local
 from mcjax.models import weights
 from mcjax.models.decoder import Decoder, Routed
@@ -22,17 +22,6 @@ from mcjax.models.language_model import LanguageModel
 from mcjax.notes import note
 
 ATTENTION_BITS = 4
-
-ALLOCATION: dict[str, Any] = {
-    "scope": "layer",
-    "alpha": 0.0,
-    "beta": 0.0,
-    "gamma": 2.0,
-    "published_rows": False,
-}
-"""How `load` shares a budget out: by error alone. The measured error already weighs every token by
-its routing weight, so PMQ's frequency and weight would count twice; and squares of errors add up
-where errors do not. Both measured better or equal, see benchmarks/README.md (ours)."""
 
 
 @partial(
@@ -79,33 +68,47 @@ class Model:
         return weights.expert_weights(self.module.decoder, self.params)
 
     @property
-    def allocation(self) -> np.ndarray:
-        """Each expert's width, int [L, E]; L counts the layers that a budget is about.
+    def widths(self) -> dict[tuple[int, str], np.ndarray]:
+        """Each part's width by its layer and what it multiplies, see `mcjax.allocate`.
 
         Raises:
           ValueError: if the model has no planes.
         """
         decoder = self.module.decoder
-        rows: dict[int, np.ndarray] = {}
+        found: dict[tuple[int, str], np.ndarray] = {}
         for member in weights.members(decoder):
-            for role in weights.budgeted(decoder, member.layer)[:1]:
-                held = weights.get(self.params, member.path + role.path)
+            for tap, roles in weights.by_tap(member.layer, decoder.width).items():
+                held = weights.get(self.params, member.path + roles[0].path)
+                if isinstance(held, BitPlanes):
+                    held = weights.looked_up(held)
                 if not isinstance(held, MixedPlanes):
                     raise ValueError(
                         f"the model of {self.path} has dense weights, not planes; make an artifact "
                         "of it with `mcjax compress`"
                     )
-                widths = held.allocation.reshape(len(member.numbers), -1)
-                rows |= dict(zip(member.numbers, widths, strict=True))
-        return np.stack([rows[i] for i in sorted(rows)])
+                found |= {(i, tap): w for i, w in zip(member.numbers, held.allocation, strict=True)}
+        return found
+
+    @property
+    def allocation(self) -> np.ndarray:
+        """Each expert's width, int [L, E]; L counts the layers that a budget is about.
+
+        Where the widths of an expert's matrices differ it is [L, E, 2]: of `gate` and `up`, and of
+        `down`.
+
+        Raises:
+          ValueError: if the model has no planes.
+        """
+        return allocate.to_experts(self.module.decoder, self.widths)
 
     @property
     def average_bits(self) -> float:
-        """Average width over experts, tables not counted; of dense weights their own."""
+        """Average width of expert weights, tables not counted; of dense weights their own."""
         held = self._shared_out
-        if isinstance(held[0], MixedPlanes):
-            return float(self.allocation.mean())
-        return self.effective_bits
+        if not isinstance(held[0], MixedPlanes):
+            return self.effective_bits
+        sizes = [math.prod(w.shape) for w in held]
+        return float(np.average([w.allocation.mean() for w in held], weights=sizes))
 
     @property
     def effective_bits(self) -> float:
@@ -115,27 +118,32 @@ class Model:
 
     def refine(
         self,
-        budget: float | None = None,
+        budget: float | str | None = None,
         *,
         bits: int | None = None,
-        allocation: Sequence[Sequence[int]] | None = None,
+        allocation: Sequence[Any] | None = None,
+        policy: str = "loss",
     ) -> Model:
         """The same artifact at other widths, reading only the planes that are not here yet.
+
+        What the budget is not about stays as it is; a budget in bytes is about everything.
 
         Args:
           budget: as in `load`.
           bits: as in `load`.
           allocation: as in `load`.
+          policy: as in `load`.
 
         Returns:
           A new `Model`; this one stays as it is.
         """
-        held = self.allocation.tolist()
+        held = self.widths
         reader = checkpoint.ArtifactReader(self.path)
-        wanted = resolve_allocation(reader.manifest, budget, bits, allocation)
-        params = self.params
-        if wanted != held:
-            params = parameters.refine_layers(reader, params, wanted)
+        wanted = resolve_widths(reader, budget, bits, allocation, None, policy)
+        if not isinstance(_parsed(budget), allocate.Bytes):
+            parts = allocate.parts(reader.decoder, reader.manifest)
+            wanted |= {(p.layer, p.tap): held[p.layer, p.tap] for p in parts if not p.budgeted}
+        params = parameters.refine_layers(reader, self.params, wanted)
         return replace(
             self,
             params=params,
@@ -171,11 +179,12 @@ def _logits(module, params, tokens):
 
 def load(
     path: str | Path,
-    budget: float | None = None,
+    budget: float | str | None = None,
     *,
     bits: int | None = None,
-    allocation: Sequence[Sequence[int]] | None = None,
+    allocation: Sequence[Any] | None = None,
     attention_bits: int | None = None,
+    policy: str = "loss",
     dtype: Any = jnp.float32,
     act_bits: int | None = None,
     cache_dtype: Any = None,
@@ -189,11 +198,15 @@ def load(
     Args:
       path: written by `mcjax compress`; or a folder with config.json and *.safetensors, or a name
         on the hub, see `mcjax.hub.local`.
-      budget: average bits per expert weight; PMQ shares them out by the artifact's statistics.
+      budget: average bits per expert weight; or what may be read in all, in bytes, "4.2GB" or
+        "4GiB", which attention and all else then share. See `mcjax.allocate`.
       bits: one width for every expert instead.
-      allocation: each expert's width [L, E] instead. Without any of the three, all planes.
-      attention_bits: width of all that the budget is not about: attention, shared experts, dense
-        layers beside routed ones; None for 4.
+      allocation: each expert's width [L, E] instead, or [L, E, 2] for `gate` and `up`, and `down`.
+        Without any of the three, all planes.
+      attention_bits: width of all that a budget in bits is not about: attention, shared experts,
+        dense layers beside routed ones; None for 4.
+      policy: how a budget is shared out: "loss", by what was measured at the end of the model; or
+        "paper", by MC-MoE's rule for experts, see `mcjax.pmq`.
       dtype: of activations.
       act_bits: None, or 8 or 16 bits to round activations to, see `mcjax.dot`.
       cache_dtype: of the caches of past tokens, None for `dtype`.
@@ -211,15 +224,9 @@ def load(
     if isinstance(reader, Folder):
         of_artifacts = budget, bits, allocation, attention_bits, act_bits, prune
         return _load_folder(reader, of_artifacts, dtype, cache_dtype)
-    manifest = reader.manifest
-    widths = resolve_allocation(manifest, budget, bits, allocation)
-    attention_bits = ATTENTION_BITS if attention_bits is None else attention_bits
-    if attention_bits not in manifest["attention_widths"]:
-        raise ValueError(
-            f"attention_bits {attention_bits} is not one of {manifest['attention_widths']}"
-        )
+    widths = resolve_widths(reader, budget, bits, allocation, attention_bits, policy)
     params = parameters.read_rest(reader)
-    params |= parameters.read_layers(reader, widths, attention_bits)
+    params |= parameters.read_layers(reader, widths)
     if prune is not None:
         pruning = parameters.read_pruning(reader)
         params = with_pruning(reader.decoder, params, pruning, prune, quantile)
@@ -308,45 +315,53 @@ def with_pruning(
     return params
 
 
-def statistics(manifest: dict[str, Any]) -> pmq.ExpertStatistics:
-    """The PMQ statistics that travel in an artifact."""
-    kept = manifest["statistics"]
-    return pmq.ExpertStatistics(
-        frequency=np.array(kept["frequency"]),
-        routing_weight=np.array(kept["routing_weight"]),
-        error=np.array(kept["error"]),
-        bits=tuple(kept["bits"]),
-    )
-
-
-def resolve_allocation(
-    manifest: dict[str, Any],
-    budget: float | None,
+def resolve_widths(
+    reader: checkpoint.ArtifactReader,
+    budget: float | str | None,
     bits: int | None,
-    allocation: Sequence[Sequence[int]] | None,
-) -> list[list[int]]:
-    """Each expert's width from whichever one of the three is given.
+    allocation: Sequence[Any] | None,
+    attention_bits: int | None,
+    policy: str = "loss",
+) -> dict[tuple[int, str], np.ndarray]:
+    """Each part's width from whichever one of budget, bits and allocation is given.
 
     Raises:
       ValueError: if more than one is given, or the given one is not feasible.
     """
+    decoder, manifest = reader.decoder, reader.manifest
     if sum(value is not None for value in (budget, bits, allocation)) > 1:
         raise ValueError("give one of budget, bits and allocation, not several")
-    stats = statistics(manifest)
-    shape, top = stats.frequency.shape, manifest["max_bits"]
-    if budget is not None:
-        alone = {"scope": "model"} if shape[1] == 1 else {}
-        chosen = pmq.allocate(stats, budget, **(ALLOCATION | alone))
+    if policy not in allocate.POLICIES:
+        raise ValueError(f"policy must be one of {allocate.POLICIES}, got {policy!r}")
+    wanted, stored = _parsed(budget), tuple(manifest["statistics"]["bits"])
+    in_bytes = isinstance(wanted, allocate.Bytes)
+    if in_bytes and (attention_bits is not None or policy != "loss"):
+        raise ValueError(
+            f"the budget {budget} chooses every width by loss; leave attention_bits and policy out"
+        )
+    others = ATTENTION_BITS if attention_bits is None else attention_bits
+    if others not in manifest["attention_widths"]:
+        raise ValueError(f"attention_bits {others} is not one of {manifest['attention_widths']}")
+    if wanted is not None and policy == "loss":
+        return allocate.allocate(decoder, manifest, wanted, others)
+    shape = np.shape(manifest["statistics"]["frequency"])
+    if wanted is not None:
+        chosen: Any = allocate.published(manifest, wanted)
     elif allocation is not None:
         chosen = np.asarray(allocation)
-        if chosen.shape != shape or not np.isin(chosen, stats.bits).all():
+        if chosen.shape not in (shape, (*shape, 2)) or not np.isin(chosen, stored).all():
             raise ValueError(
-                f"allocation must be [layers, experts] = {shape} of widths {stats.bits}, "
-                f"got shape {chosen.shape} with values {np.unique(chosen).tolist()[:10]}"
+                f"allocation must be [layers, experts] = {shape}, or {(*shape, 2)} for gate and "
+                f"up, and down, of widths {stored}, got shape {chosen.shape} with values "
+                f"{np.unique(chosen).tolist()[:10]}"
             )
     else:
-        width = top if bits is None else bits
-        if width not in stats.bits:
-            raise ValueError(f"bits {width} is not one of this artifact's widths {stats.bits}")
+        width = manifest["max_bits"] if bits is None else bits
+        if width not in stored:
+            raise ValueError(f"bits {width} is not one of this artifact's widths {stored}")
         chosen = np.full(shape, width)
-    return chosen.tolist()
+    return allocate.of_experts(decoder, manifest, chosen, others)
+
+
+def _parsed(budget: float | str | None) -> Any:
+    return None if budget is None else allocate.parse(budget)

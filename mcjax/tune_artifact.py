@@ -157,7 +157,7 @@ def tune_artifact(
       progress: wraps the iteration over steps, called with (items, description=...).
 
     Returns:
-      For each layer its tables uint8, by the names of their leaves, "mixer.o.table_2".
+      For each layer its tables uint8, by the names of their leaves, such as "….o.table_2".
     """
     decoder = reader.decoder
     layers = [read_layer(reader, i) for i in range(len(decoder.layers))]
@@ -402,8 +402,8 @@ def _backward(layer: Layer, eps: float, own: Any, x: jax.Array, change: jax.Arra
 
 
 @partial(jax.jit, static_argnums=0)
-def _divergence(decoder: Decoder, norm, head, rows: Rows, x, target):
-    """Mean divergence of x's predictions from the target's, and its gradient by x."""
+def divergence(decoder: Decoder, norm, head, rows: Rows, x, target) -> jax.Array:
+    """Mean divergence of the predictions of x [B, T, D] from the target's, nats a token."""
     head = head[rows.token].astype(jnp.float32)
 
     def logs(x):
@@ -411,8 +411,11 @@ def _divergence(decoder: Decoder, norm, head, rows: Rows, x, target):
         return jax.nn.log_softmax(logits + rows.weight.reshape(1, 1, -1))
 
     expected = logs(target)
+    return jnp.mean(jnp.sum(jnp.exp(expected) * (expected - logs(x)), axis=-1))
 
-    def loss(x):
-        return jnp.mean(jnp.sum(jnp.exp(expected) * (expected - logs(x)), axis=-1))
 
-    return jax.value_and_grad(loss)(x)
+@partial(jax.jit, static_argnums=0)
+def _divergence(decoder: Decoder, norm, head, rows: Rows, x, target):
+    """As `divergence`, and its gradient by x."""
+    measure = partial(divergence, decoder, norm, head, rows)
+    return jax.value_and_grad(measure)(x, target)

@@ -47,6 +47,7 @@ def pytest_collection_modifyitems(items):
 
 
 QUICKLY_COMPILED = {
+    "test_allocate.py",
     "test_artifacts.py",
     "test_bitplane.py",
     "test_cli.py",

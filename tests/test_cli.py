@@ -257,7 +257,7 @@ def test_bad_artifacts(artifact, text_file, tmp_path, capsys):
 
     read = ("--text", text_file, "--seq-len", 64)
     for change, message in [
-        (edit('"format_version":5', '"format_version":7'), "has format version 7"),
+        (edit('"format_version":6', '"format_version":7'), "has format version 7"),
         (edit('"max_bits":3', '"max_bits":2'), "checksum does not match"),
         (flip, "is damaged"),
         (truncate, "is damaged"),
@@ -269,9 +269,11 @@ def test_bad_artifacts(artifact, text_file, tmp_path, capsys):
     assert run("info", artifact, "--verify") == 0
     for message, more in [
         ("not feasible", ("--budget", "nan")),
-        ("5 experts a layer of widths (1, 2, 3) allow 1 to 3 bits", ("--budget", 0.5)),
+        ("widths (1, 2, 3) allow 1 to 3 bits", ("--budget", 0.5)),
         ("allow 1 to 3 bits", ("--budget", 3.5)),
         ("allow 1 to 3 bits", ("--budget", -1)),
+        ("neither average bits", ("--budget", "4.2 bits")),
+        ("1000 bytes is not feasible", ("--budget", "1kB")),
         ("bits 4 is not one of", ("--bits", 4)),
         ("less than one window", ("--max-tokens", 5)),
     ]:

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mcjax.bitplane import BitPlanes, MixedPlanes
 from mcjax.models.decoder import Convolution, Decoder, Delta, Dense, Heads, Latent, Layer, Routed
@@ -177,6 +176,15 @@ def _biases(vector, path, batch, width, hidden) -> Iterator[Role]:
     yield vector(f"{path}.down_bias", *batch, width)
 
 
+def by_tap(layer: Layer, width: int) -> dict[str, tuple[Role, ...]]:
+    """The weights of a layer that planes can take, by what they multiply."""
+    found: dict[str, tuple[Role, ...]] = {}
+    for role in roles(layer, width):
+        if role.tap is not None:
+            found[role.tap] = (*found.get(role.tap, ()), role)
+    return found
+
+
 def rest(decoder: Decoder) -> Iterator[Role]:
     """Walks over the weights outside the layers: embedding, norm and, if untied, head."""
     table = (decoder.vocab_size, decoder.width)
@@ -256,16 +264,6 @@ def budgeted_layers(decoder: Decoder) -> tuple[int, ...]:
     return tuple(i for i, layer in enumerate(decoder.layers) if budgeted(decoder, layer))
 
 
-def widths_of(decoder: Decoder, member: Member, role: Role, allocation: Any) -> np.ndarray:
-    """An allocation [layers that a budget is about][experts] as the widths int [R, ...] of a role.
-
-    The dots are experts for routed ones, and nothing for a network that is its layer's one expert.
-    """
-    numbers = budgeted_layers(decoder)
-    widths = np.array([allocation[numbers.index(i)] for i in member.numbers])
-    return widths if role.routed else widths[:, 0]
-
-
 def expert_weights(decoder: Decoder, params: Any) -> list[Any]:
     """The weights that a budget is about, stacked over layers."""
     return [
@@ -318,7 +316,7 @@ def split_stacks(own: Any) -> tuple[list[Any], Callable[[Any], Any]]:
     leaves, structure = jax.tree.flatten(
         own, is_leaf=lambda w: isinstance(w, BitPlanes | MixedPlanes)
     )
-    leaves = [_of_layers(w) if isinstance(w, BitPlanes) else w for w in leaves]
+    leaves = [looked_up(w) if isinstance(w, BitPlanes) else w for w in leaves]
     apart = [(w.stack, w.slot) if isinstance(w, MixedPlanes) else w for w in leaves]
 
     def together(values):
@@ -331,8 +329,8 @@ def split_stacks(own: Any) -> tuple[list[Any], Callable[[Any], Any]]:
     return apart, together
 
 
-def _of_layers(planes: BitPlanes) -> MixedPlanes:
-    """Planes [R, ..., d_in, d_out] as one stack, in which the layers look theirs up."""
+def looked_up(planes: BitPlanes) -> MixedPlanes:
+    """Planes [R, ..., d_in, d_out] as one stack, in which layers look theirs up."""
     first = planes.shape[:-2]
     stack = jax.tree.map(lambda a: a.reshape(-1, *a.shape[len(first) :]), planes)
     slot = jnp.arange(math.prod(first), dtype=jnp.int32).reshape(first)

@@ -1,0 +1,182 @@
+"""Sharing bits out: the programme against brute force, budgets in bytes against what is read."""
+
+import itertools
+import math
+import warnings
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mcjax
+from mcjax import allocate, pmq
+from mcjax.checkpoint import ArtifactReader
+from mcjax.notes import Note
+
+
+def best_by_brute_force(cost, size, total):
+    """The least cost of choices that fit."""
+    least = math.inf
+    for choice in itertools.product(range(cost.shape[1]), repeat=len(cost)):
+        at = np.arange(len(cost)), np.array(choice)
+        if size[at].sum() <= total:
+            least = min(least, cost[at].sum())
+    return least
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 5), st.integers(2, 4), st.floats(0, 1))
+def test_programme_equals_brute_force(seed, parts, widths, share):
+    rng = np.random.default_rng(seed)
+    size = np.cumsum(rng.integers(1, 50, (parts, widths)), axis=1)
+    cost = -np.sort(-rng.exponential(size=(parts, widths)), axis=1)
+    cost[rng.random(cost.shape) < 0.2] = np.inf  # some parts lack some widths
+    cost[:, 0] = np.where(np.isinf(cost).all(axis=1), 9.0, cost[:, 0])
+    usable = np.isfinite(cost)
+    low = np.where(usable, size, 10**6).min(axis=1).sum()
+    high = np.where(usable, size, 0).max(axis=1).sum()
+    total = int(low + share * (high - low))
+    chosen = allocate.share_out(cost, size, total)
+    at = np.arange(parts), chosen
+    assert np.isfinite(cost[at]).all() and size[at].sum() <= total
+    assert cost[at].sum() <= best_by_brute_force(cost, size, total) + 1e-6
+    more = (size - size[at][:, None])[usable & (size > size[at][:, None])]
+    assert (more > total - size[at].sum()).all()  # nothing more fits
+
+
+def test_parse():
+    assert allocate.parse("2.5") == allocate.parse(2.5) == 2.5
+    for text, count in [("4.2GB", 42 * 10**8), ("4 GiB", 2**32), ("300kB", 300000), ("7b", 7)]:
+        assert allocate.parse(text) == allocate.Bytes(count)
+    for text in ("4.2 bits", "GB", "-3MB", ""):
+        with pytest.raises(ValueError, match="neither average bits"):
+            allocate.parse(text)
+
+
+def test_allocations_of_experts_and_back(artifact):
+    reader = ArtifactReader(artifact)
+    decoder, manifest = reader.decoder, reader.manifest
+    rng = np.random.default_rng(0)
+    for shape in ((2, 5), (2, 5, 2)):
+        allocation = rng.integers(1, 4, shape)
+        widths = allocate.of_experts(decoder, manifest, allocation, 8)
+        np.testing.assert_array_equal(allocate.to_experts(decoder, widths), allocation)
+        assert widths[1, "mixer_input"] == 8
+    model = mcjax.load(artifact, allocation=allocation)
+    np.testing.assert_array_equal(model.allocation, allocation)
+    means = allocation.mean(axis=(0, 1))
+    assert model.average_bits == pytest.approx((2 * means[0] + means[1]) / 3)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.93, 1.0])
+def test_a_budget_in_bytes_is_kept_and_used(artifact, share):
+    reader = ArtifactReader(artifact)
+    every = allocate.parts(reader.decoder, reader.manifest)
+    fixed, group_size = reader.manifest["statistics"]["plain_bytes"], reader.manifest["group_size"]
+    low, high = (
+        fixed + sum(p.bytes(p.widths[at], group_size) * (p.experts or 1) for p in every)
+        for at in (0, -1)
+    )
+    budget = int(low + share * (high - low))
+    model = mcjax.load(artifact, budget=f"{budget}B")
+    assert model.bytes_read <= budget
+    cheapest = min(
+        (
+            part.bytes(wider, group_size) - part.bytes(int(k), group_size)
+            for part in every
+            for k in np.atleast_1d(model.widths[part.layer, part.tap])
+            for wider in part.widths
+            if wider > k
+        ),
+        default=math.inf,
+    )
+    assert budget - model.bytes_read < cheapest
+    with pytest.raises(ValueError, match=f"served from {low} to {high} bytes"):
+        mcjax.load(artifact, budget=f"{low - 1}B")
+
+
+def test_refining_to_bytes_and_back_equals_loading(artifact):
+    model = mcjax.load(artifact, bits=1)
+    for precision in ({"budget": "620kB"}, {"budget": "700kB"}, {"budget": "560kB"}):
+        before = model.bytes_read
+        model, loaded = model.refine(**precision), mcjax.load(artifact, **precision)
+        assert {k: v.tolist() for k, v in model.widths.items()} == {
+            k: v.tolist() for k, v in loaded.widths.items()
+        }
+        assert model.bytes_read - before < loaded.bytes_read
+        tokens = np.arange(24).reshape(2, 12)
+        np.testing.assert_allclose(model(tokens), loaded(tokens), atol=1e-5)
+    attention = {at: k for at, k in model.widths.items() if at[1] == "mixer_input"}
+    model = model.refine(bits=2)  # what that is not about stays
+    assert {at: model.widths[at] for at in attention} == attention
+    assert (model.allocation == 2).all()
+
+
+def test_costs_are_what_was_measured(artifact):
+    reader = ArtifactReader(artifact)
+    for part in allocate.parts(reader.decoder, reader.manifest):
+        cost = allocate.costs(reader.manifest, part)
+        measured = reader.manifest["statistics"]["parts"][part.layer][part.tap]
+        at = part.widths.index(measured["width"])
+        assert cost.shape == (part.experts or 1, len(part.widths))
+        assert cost[:, at].sum() == pytest.approx(measured["divergence"], rel=1e-3)
+        assert measured["divergence"] > 0 and (np.diff(cost, axis=1) <= 0).all()
+
+
+def test_more_bits_are_predicted_to_cost_less(artifact):
+    reader = ArtifactReader(artifact)
+    losses = []
+    for budget in (1.0, 1.5, 2.0, 2.5, 3.0):
+        widths = allocate.allocate(reader.decoder, reader.manifest, budget, 4)
+        losses.append(allocate.predicted_loss(reader.decoder, reader.manifest, widths))
+    assert (np.diff(losses) < 0).all(), losses
+
+
+def test_the_published_rule(artifact):
+    kept = ArtifactReader(artifact).manifest["statistics"]
+    names = ("frequency", "routing_weight", "error")
+    stats = pmq.ExpertStatistics(**{name: np.array(kept[name]) for name in names})
+    model = mcjax.load(artifact, budget=2.0, policy="paper")
+    np.testing.assert_array_equal(model.allocation, pmq.allocate(stats, 2.0))
+    for more in ({"budget": "600kB", "policy": "paper"}, {"budget": "600kB", "attention_bits": 4}):
+        with pytest.raises(ValueError, match="chooses every width"):
+            mcjax.load(artifact, **more)
+    with pytest.raises(ValueError, match="policy must be one of"):
+        mcjax.load(artifact, budget=2.0, policy="best")
+
+
+def test_it_says_when_one_width_is_as_good():
+    cost = np.tile([1.0, 0.25, 0.06], (8, 1))
+    size = np.tile([1, 2, 3], (8, 1))
+    with pytest.warns(Note, match="about as good here"):
+        allocate._tell_if_slight(cost * (1 + 0.001 * np.arange(8))[:, None], size, np.full(8, 1))
+    uneven = cost * np.array([1, 100] * 4)[:, None]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        allocate._tell_if_slight(uneven, size, np.array([0, 2] * 4))
+
+
+def test_widths_of_one_part_may_differ_between_layers(artifact):
+    """Attention of several widths: the same logits as with its weights dequantised."""
+    reader = ArtifactReader(artifact)
+    decoder, manifest = reader.decoder, reader.manifest
+    allocation = np.full((2, 5), 2)
+    widths = allocate.of_experts(decoder, manifest, allocation, 4) | {
+        (0, "mixer_input"): np.array(2),
+        (1, "mixer_output"): np.array(8),
+    }
+    from mcjax import parameters
+    from mcjax.models.language_model import LanguageModel
+
+    params = parameters.read_rest(reader) | parameters.read_layers(reader, widths)
+    dense = jax.tree.map(
+        lambda w: w.dequantize() if hasattr(w, "dequantize") else w,
+        params,
+        is_leaf=lambda w: hasattr(w, "dequantize"),
+    )
+    tokens = np.arange(24).reshape(2, 12)
+    module = LanguageModel(decoder)
+    got, expected = (module.apply({"params": p}, tokens) for p in (params, dense))
+    np.testing.assert_allclose(got, expected, atol=2e-4)
