@@ -62,6 +62,10 @@ One expert's are made whatever they take."""
 
 EXPERT_WEIGHTS = ("gate", "up", "down")
 
+ERROR_ROWS = 512
+"""Calibration tokens by which an expert's errors are measured, on average: each is computed at
+every width."""
+
 
 def compress(
     model: str | Path,
@@ -285,7 +289,10 @@ def _tune(
         sums[f"layers/{i}"] = checkpoint.save_tree(tuned / str(i), leaves, checkpoint.BY_EXPERT)
     layers.rename(directory / UNTUNED)
     tuned.rename(layers)
-    return {**manifest, "checksums": sums}
+    kept, bits = manifest["statistics"], manifest["statistics"]["bits"]
+    factors = sum(v.nbytes for of in tables for name, v in of.items() if ".factor_" in name)
+    kept = {**kept, "plain_bytes": kept["plain_bytes"] + factors // len(bits)}
+    return {**manifest, "checksums": sums, "statistics": kept}
 
 
 def _one_layer(
@@ -435,13 +442,16 @@ def _by_blocks(decoder: Decoder, layer: Layer, dense: Any, seen, make, after):
     """Experts' planes on the host and `expert_errors` [E, 2, widths], some experts at a time."""
     count, *features = dense["gate"].shape
     step = max(1, min(count, GRAM_BYTES // (4 * sum(n * n for n in features))))
+    tokens, chosen = sum(len(s.x) for s in seen), seen[0].experts.shape[1]
+    share = ERROR_ROWS * dense["gate"].shape[0] / (chosen * tokens)
+    some_seen = seen[:: max(1, int(1 / share))]
     parts, errors = [], []
     for first in range(0, count, step):
         some = slice(first, first + step)
         mine = jax.tree.map(lambda w, s=some: w[s], dense)
         made = make(some, mine)
         measure = partial(expert_errors, layer.block.activation, mine, made)
-        each = (measure(batch, first, after, decoder.norm_eps) for batch in seen)
+        each = (measure(batch, first, after, decoder.norm_eps) for batch in some_seen)
         errors.append(np.asarray(sum(each)))
         parts.append(jax.device_get(made))
     whole_layer = jax.tree.map(lambda *a: np.concatenate(a), *parts)

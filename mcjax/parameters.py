@@ -84,7 +84,51 @@ def read_layers(reader: ArtifactReader, widths: Widths) -> dict[str, Any]:
         for fill in fills:
             fill()
         room.read()
+    _correct(reader, params, _mean_widths(reader, widths))
     return jax.device_put(params)
+
+
+def _mean_widths(reader: ArtifactReader, widths: Widths) -> dict[int, int]:
+    """The stored width next to the average of each layer that a budget is about."""
+    decoder, stored = reader.decoder, np.array(reader.manifest["statistics"]["bits"])
+    nearest = {}
+    for i in weights.budgeted_layers(decoder):
+        roles = weights.budgeted(decoder, decoder.layers[i])
+        means = [np.mean(widths[i, str(role.tap)]) for role in roles]
+        mean = np.average(means, weights=[math.prod(role.shape) for role in roles])
+        nearest[i] = int(stored[np.argmin(np.abs(stored - mean))])
+    return nearest
+
+
+def _correct(
+    reader: ArtifactReader, params: Any, wanted: dict[int, int], held: dict[int, int] | None = None
+) -> None:
+    """Multiplies norms and routers by what tuning stored for the widths wanted, if it did.
+
+    Args:
+      reader: of the artifact.
+      params: of all layers; changed.
+      wanted: the width of each layer that a budget is about.
+      held: the widths whose factors are in `params` already; None if there are none.
+    """
+    if wanted == held:
+        return
+    sums = reader.manifest["checksums"]
+    for member in weights.members(reader.decoder):
+        mine = [i for i in member.numbers if i in wanted]
+        for role in weights.corrected(member.layer, reader.decoder.width) if mine else ():
+            names = [(f"layers/{i}", f"{role.name}.factor_{wanted[i]}", None) for i in mine]
+            if any(leaf not in sums[layer] for layer, leaf, _ in names):
+                continue
+            plain: Any = weights.get(params, member.path + role.path)
+            if held is not None:
+                plain = np.stack(reader.read((f"layers/{i}", role.name, None) for i in mine))
+            factor = 1 + np.stack(reader.read(names)).astype(np.float32)
+            factor = factor.reshape(len(mine), *[1] * (plain.ndim - 2), -1)
+            made = (np.asarray(plain, np.float32) * factor).astype(plain.dtype)
+            weights.put(
+                params, member.path + role.path, made if held is None else jnp.asarray(made)
+            )
 
 
 def widths_of(layers: Sequence[int], role: Role, widths: Widths) -> np.ndarray:
@@ -151,6 +195,7 @@ def refine_layers(reader: ArtifactReader, params: Any, widths: Widths) -> dict[s
       New parameters; no array of the given ones changes.
     """
     decoder = reader.decoder
+    before: dict[tuple[int, str], np.ndarray] = {}
     params = jax.tree.map(lambda a: a, params)
     for member in weights.members(decoder):
         for role in weights.roles(member.layer, decoder.width):
@@ -159,9 +204,13 @@ def refine_layers(reader: ArtifactReader, params: Any, widths: Widths) -> dict[s
             wanted = widths_of(member.numbers, role, widths)
             held = weights.get(params, member.path + role.path)
             held = weights.looked_up(held) if isinstance(held, BitPlanes) else held
+            before |= {
+                (i, role.tap): w for i, w in zip(member.numbers, held.allocation, strict=True)
+            }
             if (held.allocation != wanted).any():
                 made = _refined(reader, role, member.numbers, held, wanted)
                 weights.put(params, member.path + role.path, made)
+    _correct(reader, params, _mean_widths(reader, widths), _mean_widths(reader, before))
     return params
 
 

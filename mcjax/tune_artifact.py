@@ -1,7 +1,8 @@
-"""Tables of an artifact trained end to end against the dense model, one layer dense at a time.
+"""An artifact's tables trained end to end against the dense model, one layer dense at a time.
 
 At each of a few *settings*, a width for what budgets are about and one for all else, the tables of
-these widths learn to give the dense model's predictions:
+these widths, and a factor of each entry of the norms and routers that goes with the former, learn
+to give the dense model's predictions:
 
     minimise  mean_t KL(softmax(h(x_t)) || softmax(h(x'_t)))
 
@@ -48,6 +49,9 @@ of the steps, then falls. Of wider ones the least."""
 
 WEIGHTS = 1e8
 """A smaller model takes as many times more steps, in about the same time."""
+
+FACTOR_RATE = 0.25
+"""The learning rate of factors of norms and routers, in those of tables."""
 
 MOST_TIMES = 8
 """At most so many times more."""
@@ -131,11 +135,13 @@ class Weights(NamedTuple):
       planes: with the tables of all widths, by path.
       rest: arrays, by path.
       budgeted: the paths that a budget is about.
+      corrected: the paths of `rest` that have factors for each width of those.
     """
 
     planes: dict[Path_, BitPlanes]
     rest: dict[Path_, jax.Array]
     budgeted: frozenset[Path_]
+    corrected: tuple[Path_, ...]
 
 
 def tune_artifact(
@@ -157,7 +163,8 @@ def tune_artifact(
       progress: wraps the iteration over steps, called with (items, description=...).
 
     Returns:
-      For each layer its tables uint8, by the names of their leaves, such as "….o.table_2".
+      For each layer its tables uint8, by the names of their leaves, such as "….o.table_2", and what
+      factors differ from 1 by, bfloat16, such as "….router.factor_2".
     """
     decoder = reader.decoder
     layers = [read_layer(reader, i) for i in range(len(decoder.layers))]
@@ -193,7 +200,9 @@ def read_layer(reader: ArtifactReader, i: int) -> Weights:
     values = reader.read((f"layers/{i}", role.name, None) for role in names)
     rest = {r.path: jnp.asarray(v, jnp.float32) for r, v in zip(names, values, strict=True)}
     budgeted = frozenset(role.path for role in weights.budgeted(decoder, layer))
-    return Weights(parameters.read_every_width(reader, i), rest, budgeted)
+    corrected = weights.corrected(layer, decoder.width) if budgeted else ()
+    every = parameters.read_every_width(reader, i)
+    return Weights(every, rest, budgeted, tuple(role.path for role in corrected))
 
 
 Tables = dict[tuple[Path_, int], Any]
@@ -201,7 +210,7 @@ Tables = dict[tuple[Path_, int], Any]
 
 
 class State:
-    """Every layer's tables, the optimiser's moments, and what earlier settings have trained."""
+    """Every layer's tables and factors, the optimiser's moments, and what has been trained."""
 
     def __init__(self, layers: Sequence[Weights], every: Sequence[Setting]):
         self.layers, self.every = layers, every
@@ -213,6 +222,10 @@ class State:
             }
             for layer in layers
         ]
+        for layer, tables in zip(layers, self.tables, strict=True):
+            for path in layer.corrected:
+                for k in layer.planes[min(layer.budgeted)].widths:
+                    tables[path, k] = jnp.zeros(layer.rest[path].shape[-1])
         self.moments: list[Tables] = [{} for _ in layers]
         self.done: set[tuple[bool, int]] = set()
         self.setting = every[0]
@@ -227,6 +240,9 @@ class State:
         self.setting = setting
         for i, layer in enumerate(self.layers):
             self.moments[i] = {}
+            for path in layer.corrected:
+                of_path = path, setting.budgeted
+                self.moments[i][of_path] = _ADAM.init(self.tables[i][of_path])
             for others in setting.others:
                 for path, k in self.widths(i, others).items():
                     if (path in layer.budgeted, k) not in self.done:
@@ -239,8 +255,9 @@ class State:
         scale = min(1.0, CLIP / max(norm, 1e-30))
         for i, of_layer in enumerate(gradients):
             for key, gradient in of_layer.items():
+                own = rate * FACTOR_RATE if key[0] in self.layers[i].corrected else rate
                 self.tables[i][key], self.moments[i][key] = _step(
-                    self.tables[i][key], self.moments[i][key], gradient, scale, rate
+                    self.tables[i][key], self.moments[i][key], gradient, scale, own
                 )
 
     def end(self) -> None:
@@ -250,13 +267,17 @@ class State:
 
     def stored(self) -> list[dict[str, np.ndarray]]:
         """See `tune_artifact`."""
-        return [
-            {
-                f"{'.'.join(path)}.table_{k}": np.asarray(tables_lib.from_parameters(one, k))
-                for (path, k), one in tables.items()
-            }
-            for tables in self.tables
-        ]
+        found: list[dict[str, np.ndarray]] = []
+        for layer, tables in zip(self.layers, self.tables, strict=True):
+            found.append({})
+            for (path, k), one in tables.items():
+                name = ".".join(path)
+                if path in layer.corrected:
+                    found[-1][f"{name}.factor_{k}"] = np.asarray(one.astype(jnp.bfloat16))
+                else:
+                    table = tables_lib.from_parameters(one, k)
+                    found[-1][f"{name}.table_{k}"] = np.asarray(table)
+        return found
 
     def save(self, keep: Path, step: int) -> None:
         """Writes all that a run goes on from, whole or not at all."""
@@ -365,6 +386,11 @@ class Model(NamedTuple):
                     gradients[i][path, k] = _table_gradient(
                         planes, state.tables[i][path, k], weights.get(of_own, path)
                     )
+            for path in self.layers[i].corrected:
+                own_change = weights.get(of_own, path) * self.layers[i].rest[path]
+                gradients[i][path, state.setting.budgeted] = jnp.sum(
+                    own_change, axis=tuple(range(own_change.ndim - 1))
+                )
             del own, of_own
         return value, gradients
 
@@ -372,6 +398,8 @@ class Model(NamedTuple):
         """Layer i's weights, dense."""
         own: dict[str, Any] = {}
         for path, value in self.layers[i].rest.items():
+            if path in self.layers[i].corrected:
+                value = value * (1 + state.tables[i][path, state.setting.budgeted])
             weights.put(own, path, value)
         for path, k in state.widths(i, others).items():
             planes = self.layers[i].planes[path].slice(k)

@@ -16,6 +16,7 @@ from mcjax import checkpoint, compress, text, tune, tune_artifact
 from mcjax.bitplane import BitPlanes
 from mcjax.hub import Folder
 from mcjax.models.families import describe
+from mcjax.models.weights import get
 
 COMMON = {"max_bits": 1, "group_size": 32, "samples": 8, "seq_len": 64}
 
@@ -207,12 +208,17 @@ def test_the_best_effort(model_folder, text_file, dense, windows, tmp_path, monk
     compress.compress(model_folder, tmp_path / "again", text_file, **COMMON, effort="best")
 
     best, again, normal = (leaves_of(tmp_path / name) for name in ("best", "again", "normal"))
+    factors = {name: leaf for name, leaf in best.items() if "factor" in name[1]}
+    assert {name for _, name in factors} == {
+        f"{role}.factor_1" for role in ("mixer_norm", "block_norm", "block.router")
+    }
+    assert all(np.abs(leaf.astype(np.float32)).max() > 1e-3 for leaf in factors.values())
     names = {path.name for path in (tmp_path / "best").iterdir()}
     assert names == {"layers", "manifest.json", "rest", "tokenizer.json"}
     moved = set()
     for (i, name), leaf in best.items():
         assert np.array_equal(leaf, again[i, name]), name
-        if not np.array_equal(leaf, normal[i, name]):
+        if "factor" not in name and not np.array_equal(leaf, normal[i, name]):
             moved.add(name.split(".")[-1])
     assert moved == {"table_1", "table_4"}  # the others are of attention at widths not trained
 
@@ -223,6 +229,43 @@ def test_the_best_effort(model_folder, text_file, dense, windows, tmp_path, monk
         tuned = tune.init(model.module.decoder, model.params)
         loss[name] = tune.divergence(model.module, model.params, tuned, windows, target)
     assert loss["best"] < 0.9 * loss["normal"]
+
+
+def test_norms_and_routers_follow_the_average_width(artifact, tmp_path):
+    """Those of the width next to a layer's average are served, and after refining too."""
+    reader, rng = checkpoint.ArtifactReader(artifact), np.random.default_rng(0)
+    manifest, out = dict(reader.manifest), tmp_path / "tuned"
+    shutil.copytree(artifact, out)
+    shutil.rmtree(out / "layers")
+    (out / "layers").mkdir()
+    sums, factors, extra = dict(manifest["checksums"]), {}, 0
+    for i in range(2):
+        for name, size in (("mixer_norm", 96), ("block_norm", 96), ("block.router", 5)):
+            for k in (1, 2, 3):
+                factors[i, f"{name}.factor_{k}"] = rng.normal(size=size).astype(jnp.bfloat16)
+                extra += 2 * size if k == 1 else 0
+        leaves = reader.read_all(f"layers/{i}")
+        leaves |= {name: value for (own, name), value in factors.items() if own == i}
+        sums[f"layers/{i}"] = checkpoint.save_tree(
+            out / "layers" / str(i), leaves, checkpoint.BY_EXPERT
+        )
+    checkpoint.write_manifest(out, {**manifest, "checksums": sums, "tuning": {}})
+
+    def check(model, plain, widths):
+        for name in (("mixer_norm",), ("block_norm",), ("block", "router")):
+            path = ("segment_0", "layer_0", *name)
+            own, before = (np.asarray(get(m.params, path), np.float32) for m in (model, plain))
+            for i, k in enumerate(widths):
+                factor = 1 + factors[i, f"{'.'.join(name)}.factor_{k}"].astype(np.float32)
+                assert np.allclose(own[i], before[i] * factor, rtol=1e-2)
+
+    plain = mcjax.load(artifact, bits=1)
+    model = mcjax.load(out, allocation=[[1, 1, 1, 1, 2], [3, 3, 2, 2, 3]])
+    check(model, plain, (1, 3))
+    assert model.bytes_read - mcjax.load(artifact, allocation=model.allocation).bytes_read == extra
+    for allocation, widths in (([[2] * 5, [3] * 5], (2, 3)), ([[2] * 5, [1] * 5], (2, 1))):
+        model = model.refine(allocation=allocation)
+        check(model, plain, widths)
 
 
 def test_planes_are_a_weight_with_other_numbers():

@@ -21,6 +21,9 @@ _ones, _zeros = nn.initializers.ones, nn.initializers.zeros
 BLOCK = ("block",)
 """Where a layer's network is, to which pruning adds what it needs; see `mcjax.odp`."""
 
+ROUTER = ("block", "router")
+"""What chooses experts."""
+
 EXPERTS = ("block", "experts")
 """Where the weights of routed experts are."""
 
@@ -142,7 +145,7 @@ def roles(layer: Layer, width: int) -> Iterator[Role]:
         if b.bias:
             yield from _biases(vector, "block", (), width, b.width)
         return
-    yield vector("block.router", width, b.experts, start=nn.initializers.lecun_normal())
+    yield vector(".".join(ROUTER), width, b.experts, start=nn.initializers.lecun_normal())
     if b.routing.bias:
         yield vector("block.router_bias", b.experts)
     if b.routing.correction:
@@ -174,6 +177,15 @@ def _biases(vector, path, batch, width, hidden) -> Iterator[Role]:
     yield vector(f"{path}.gate_bias", *batch, hidden)
     yield vector(f"{path}.up_bias", *batch, hidden)
     yield vector(f"{path}.down_bias", *batch, width)
+
+
+def corrected(layer: Layer, width: int) -> tuple[Role, ...]:
+    """The weights of a layer that each width has a correction of: its outer norms and its router.
+
+    A correction is a factor of each entry of their last axis.
+    """
+    paths = {(name,) for name in ("mixer_norm", "mixer_after", "block_norm", AFTER)}
+    return tuple(r for r in roles(layer, width) if r.path in paths or r.path == ROUTER)
 
 
 def by_tap(layer: Layer, width: int) -> dict[str, tuple[Role, ...]]:
