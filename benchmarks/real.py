@@ -11,7 +11,7 @@ bits a weight, tables and scales included. Beside the artifacts:
 gptq       a dedicated GPTQ model for each width, `mcjax.baseline`, its inputs those of the layers
            already quantised; a 16-bit scale and offset for each group
 matgptq    one GPTQ model of the most bits, whose leading bits are the narrower ones (MatQuant,
-           arXiv 2502.06786, with GPTQ compensating for the mean error): one scale and offset for all
+           arXiv 2502.06786, with GPTQ compensating the mean error): one scale and offset for all
 anybcq     one set of binary planes, each the sign of what is left, with free scales of each width
            fitted by least squares (AnyBCQ, arXiv 2510.10467, without its training of scales)
 llama.cpp  its own code (--ggml is a file of the llama-cpp-python package) by importance matrix,
