@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 import mcjax
-from mcjax import checkpoint, pmq, serving, text
+from mcjax import allocate, checkpoint, pmq, text
 from mcjax.baseline import dedicated_gptq
 from mcjax.hub import Folder
 from mcjax.models.language_model import LanguageModel
@@ -47,22 +47,16 @@ def main():
         value = text.perplexity(model.module, model.params, windows)[0]
         return {"perplexity": value, "effective_bits": model.effective_bits}
 
-    stats = serving.statistics(manifest)
+    stats = allocate.statistics(manifest, manifest["max_bits"])
     for bits in stats.bits:
         uniform = np.full(stats.frequency.shape, bits)
         params = dedicated_gptq(folder, calibration, uniform, manifest["group_size"])
         out[f"dedicated GPTQ {bits}"] = text.perplexity(dense, params, windows)[0]
         out[f"nested {bits}"] = served(bits=bits)
         print(json.dumps(out), flush=True)
-    published = pmq.ExpertStatistics(
-        frequency=stats.frequency,
-        routing_weight=stats.routing_weight,
-        error=stats.error[..., :3],
-        bits=(1, 2, 3),
-    )
     rng = np.random.default_rng(0)
     for budget in (1.5, 2.0, 2.5):
-        allocation = pmq.allocate(published, budget)
+        allocation = allocate.published(manifest, budget)
         out[f"budget {budget}"] = served(budget=budget)
         out[f"published rule {budget}"] = served(allocation=allocation)
         out[f"random {budget}"] = served(allocation=rng.permuted(allocation, axis=1))

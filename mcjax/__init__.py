@@ -2,10 +2,10 @@
 
 Quantise once with `quantize` (one weight) or `mcjax compress` (a model); then `BitPlanes.slice`,
 `load(path, budget=...)` and `Model.refine` serve any precision of the same bits, `load(folder)`
-the model as it is, of any of the `families`. `dot` and `expert_dot` multiply with planes, `pmq`
-shares a budget out among experts, `odp` skips experts while serving, `tune` trains the tables of a
-loaded model. `tree` quantises any other parameter tree, `qat` trains a network once for every
-width, and `lumix` mixes labels.
+the model as it is, of any of the `families`. `dot` and `expert_dot` multiply with planes, `pmq` is
+the published rule of which expert gets how many bits, `odp` skips experts while serving, `tune`
+trains the tables of a loaded model. `tree` quantises any other parameter tree, `qat` trains a
+network once for every width, and `lumix` mixes labels.
 """
 
 from mcjax import lumix, odp, pmq, portable, qat, tree, tune

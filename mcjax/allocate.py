@@ -156,7 +156,11 @@ def to_experts(decoder: Decoder, widths: Widths) -> np.ndarray:
 
 
 def allocate(
-    decoder: Decoder, manifest: Mapping[str, Any], budget: float | Bytes, others: int
+    decoder: Decoder,
+    manifest: Mapping[str, Any],
+    budget: float | Bytes,
+    others: int,
+    reserved: int = 0,
 ) -> dict[tuple[int, str], np.ndarray]:
     """Shares a budget out by what each part costs at each width.
 
@@ -165,6 +169,7 @@ def allocate(
       manifest: of its artifact.
       budget: average bits of what budgets are about, tables not counted, or bytes of all.
       others: the width of what a budget in bits is not about.
+      reserved: bytes of a budget in bytes that go to something else.
 
     Raises:
       ValueError: if the budget is less than the least or more than the most that is stored.
@@ -178,7 +183,7 @@ def allocate(
     low = int(possible.min(axis=1).sum())
     high = int(np.where(np.isfinite(cost), size, 0).max(axis=1).sum())
     if isinstance(budget, Bytes):
-        fixed = manifest["statistics"]["plain_bytes"]
+        fixed = manifest["statistics"]["plain_bytes"] + reserved
         total = budget.limit - fixed
         if total < low:
             raise ValueError(
@@ -187,12 +192,13 @@ def allocate(
             )
     else:
         count = sum(part.weights() * (part.experts or 1) for part in mine)
-        total = math.floor(budget * count * (1 + 1e-12)) if math.isfinite(budget) else -1
-        if not low <= total <= high:
+        if not low <= budget * count * (1 + 1e-12) <= high * (1 + 1e-9):
             raise ValueError(
                 f"budget {budget} is not feasible: widths {tuple(stored)} allow "
                 f"{low / count:g} to {high / count:g} bits on average"
+                + (f"; if it is bytes, write {budget:.0f}B" if budget > 64 else "")
             )
+        total = min(high, math.floor(budget * count * (1 + 1e-12)))
     chosen = share_out(cost, size, total)
     _tell_if_slight(cost, size, chosen)
     widths = {(part.layer, part.tap): np.array(others) for part in every}
@@ -227,10 +233,10 @@ def costs(manifest: Mapping[str, Any], part: Part) -> np.ndarray:
     """
     measured = manifest["statistics"]["parts"][part.layer][part.tap]
     squared = np.atleast_2d(np.array(measured["squared"], np.float64))
+    # What calibration hardly reached, or rounding left nothing of, costs a little all the same.
+    squared = np.maximum(squared, 0) + 1e-6 * np.abs(squared).max()
     probed = squared[:, part.widths.index(measured["width"])].sum()
-    # What calibration hardly reached costs a little all the same.
-    squared = squared + 1e-6 * squared.mean(axis=0)
-    cost = measured["divergence"] * squared / max(probed, 1e-30)
+    cost = max(measured["divergence"], 1e-9) * squared / max(probed, 1e-30)
     return np.minimum.accumulate(cost, axis=1)
 
 
@@ -268,9 +274,19 @@ def share_out(cost: np.ndarray, size: np.ndarray, total: int) -> np.ndarray:
 
 
 def _filled(cost, size, total, chosen) -> np.ndarray:
-    """Choices with what room is left given to larger ones, of most gain for their size first."""
+    """Choices with what room is left given to larger ones, of most gain for their size first.
+
+    If a solver's tolerance left them too large, smaller ones of least loss for their size first.
+    """
     chosen, rows = chosen.copy(), np.arange(len(cost))
     room = total - int(size[rows, chosen].sum())
+    while room < 0:
+        less = size[rows, chosen][:, None] - size
+        loss = np.where(np.isfinite(cost), cost, np.inf) - cost[rows, chosen][:, None]
+        rate = np.where(less > 0, loss / np.maximum(less, 1), np.inf)
+        i, k = np.unravel_index(np.argmin(rate), rate.shape)
+        room += int(less[i, k])
+        chosen[i] = k
     while True:
         more = size - size[rows, chosen][:, None]
         fits = np.isfinite(cost) & (more > 0) & (more <= room)
@@ -301,24 +317,37 @@ def _tell_if_slight(cost: np.ndarray, size: np.ndarray, chosen: np.ndarray) -> N
 
 
 def even_cost(cost: np.ndarray, size: np.ndarray, total: int) -> float:
-    """What it costs to give all parts one width, or some, whichever they are, the next."""
+    """What it costs to give all parts one width, or some, whichever they are, the next.
+
+    Infinite where that cannot be done in so little or so much.
+    """
     usable = np.isfinite(cost).all(axis=0)
+    sizes, costs = size[:, usable].sum(axis=0), cost[:, usable].sum(axis=0)
     if not usable.any():
         return math.inf
-    return float(np.interp(total, size[:, usable].sum(axis=0), cost[:, usable].sum(axis=0)))
+    return float(np.interp(total, sizes, costs, left=math.inf, right=math.inf))
+
+
+def statistics(manifest: Mapping[str, Any], most: int) -> pmq.ExpertStatistics:
+    """What the published rule goes by, of widths up to `most`."""
+    kept = manifest["statistics"]
+    bits = tuple(k for k in kept["bits"] if k <= most)
+    return pmq.ExpertStatistics(
+        frequency=np.array(kept["frequency"]),
+        routing_weight=np.array(kept["routing_weight"]),
+        error=np.array(kept["error"])[..., : len(bits)],
+        bits=bits,
+    )
 
 
 def published(manifest: Mapping[str, Any], budget: float) -> np.ndarray:
-    """Each expert's width [L, E] by the published rule, `mcjax.pmq`, widths 1 to 3 if stored."""
-    kept = manifest["statistics"]
-    count = min(3, len(kept["bits"]))
-    stats = pmq.ExpertStatistics(
-        frequency=np.array(kept["frequency"]),
-        routing_weight=np.array(kept["routing_weight"]),
-        error=np.array(kept["error"])[..., :count],
-        bits=tuple(kept["bits"][:count]),
-    )
-    return pmq.allocate(stats, budget)
+    """Each expert's width [L, E] by the published rule, `mcjax.pmq`, of widths 1 to 3.
+
+    A layer that has one expert shares with the other layers.
+    """
+    stats = statistics(manifest, 3)
+    scope = "model" if stats.frequency.shape[1] == 1 else "layer"
+    return pmq.allocate(stats, budget, scope)
 
 
 def predicted_loss(decoder: Decoder, manifest: Mapping[str, Any], widths: Widths) -> float:

@@ -120,6 +120,16 @@ def _pruning(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _budget(arguments: argparse.Namespace) -> float | str | None:
+    """The budget as a number of bits, or as it was written if it is one of bytes."""
+    from mcjax.allocate import Bytes, parse
+
+    if arguments.budget is None:
+        return None
+    found = parse(arguments.budget)
+    return arguments.budget if isinstance(found, Bytes) else found
+
+
 def _console(tables: Iterable[Any]) -> Any:
     """Prints tables; returns the console for more."""
     from rich.console import Console
@@ -201,7 +211,7 @@ def _info(arguments: argparse.Namespace) -> None:
     from mcjax.checkpoint import ArtifactReader, verify
     from mcjax.report import describe, plot
 
-    facts = describe(arguments.out, arguments.budget, arguments.policy)
+    facts = describe(arguments.out, _budget(arguments), arguments.policy)
     if arguments.verify:
         checked = verify(ArtifactReader(arguments.out))
         print(f"all {_size(checked)} match their checksums", file=sys.stderr)
@@ -246,7 +256,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     facts = evaluate(
         arguments.model,
         arguments.text,
-        budget=arguments.budget,
+        budget=_budget(arguments),
         policy=arguments.policy,
         bits=arguments.bits,
         attention_bits=arguments.attention_bits,
@@ -258,7 +268,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         progress=_progress,
     )
     plain = not arguments.odp and arguments.act_bits is arguments.attention_bits is None
-    plain = plain and arguments.bos == "auto"
+    plain = plain and arguments.bos == "auto" and arguments.policy == "loss"
     if plain and Path(arguments.model, "manifest.json").is_file():
         record(arguments.model, Path(arguments.text).name, facts)
     if arguments.json:
@@ -291,7 +301,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     facts = generate_text(
         arguments.model,
         arguments.prompt,
-        budget=arguments.budget,
+        budget=_budget(arguments),
         policy=arguments.policy,
         bits=arguments.bits,
         attention_bits=arguments.attention_bits,

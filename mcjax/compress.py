@@ -245,7 +245,7 @@ def _run(folder, windows, lessons, directory, identity, given, batch_tokens, pro
         options = len(windows), batch, directory, identity, given_here
         x, probed = _one_layer(folder, i, x, probed, *options)
         records.append(read_json(directory / f"layer_{i}.json"))
-    followed = slice(probed.windows)
+    followed = slice(probed.windows), slice(probed.length)
     outside = folder.read_rest()
     far = probe.divergences(decoder, outside, windows[followed], x[followed], probed)
     for (i, tap), value in far.items():
@@ -325,7 +325,7 @@ def _one_layer(
         return y, probed._replace(place=place, states=[*states, *(new[tap] for tap in taps)])
     shutil.rmtree(directory / "layers" / str(i), ignore_errors=True)
     record, planes = _quantize_layer(decoder, i, own, grams, seen, identity, given)
-    new = probe.start(taps, own, planes, x[: probed.windows], run)
+    new = probe.start(taps, own, planes, x[: probed.windows, : probed.length], run)
     probe.save(beginnings, new)
     del own
     tree = _narrow(stored)
@@ -444,7 +444,8 @@ def _by_blocks(decoder: Decoder, layer: Layer, dense: Any, seen, make, after):
     step = max(1, min(count, GRAM_BYTES // (4 * sum(n * n for n in features))))
     tokens, chosen = sum(len(s.x) for s in seen), seen[0].experts.shape[1]
     share = ERROR_ROWS * dense["gate"].shape[0] / (chosen * tokens)
-    some_seen = seen[:: max(1, int(1 / share))]
+    step = max(1, int(1 / share))
+    some_seen = [Seen(s.x[::step], s.experts[::step], s.weights[::step]) for s in seen]
     parts, errors = [], []
     for first in range(0, count, step):
         some = slice(first, first + step)

@@ -103,8 +103,8 @@ def _compress(commands: argparse._SubParsersAction) -> None:
         default="normal",
         metavar="fast|normal|thorough|best",
         help="time for quality: 1, 6 or 15 rounds of descent (default normal); best trains "
-        "tables of all widths end to end after the normal ones, which gains most at few bits, and "
-        "holds all planes in memory",
+        "tables of all widths, norms and routers end to end after the normal ones, which gains "
+        "most at few bits, and holds all planes in memory",
     )
     command.add_argument(
         "--resume",
@@ -224,21 +224,9 @@ def _generate(commands: argparse._SubParsersAction) -> None:
     _add_cache(command)
 
 
-def _budget(text: str) -> float | str:
-    """A budget as it was written, checked."""
-    from mcjax.allocate import Bytes, parse  # cvxpy is not wanted for --help
-
-    try:
-        found = parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text if isinstance(found, Bytes) else found
-
-
 def _add_budget(command: argparse._ActionsContainer) -> None:
     command.add_argument(
         "--budget",
-        type=_budget,
         metavar="BITS|BYTES",
         help="average bits per expert weight, such as 2.5; or bytes for all that is read, such as "
         "4.2GB (4.2e9) or 4GiB, which attention and all else then share",

@@ -16,7 +16,7 @@ from mcjax.allocate import Widths
 from mcjax.bitplane import BitPlanes, MixedPlanes, draft_widths, empty, places
 from mcjax.checkpoint import INTERCEPT, ArtifactReader, unflatten
 from mcjax.models import weights
-from mcjax.models.decoder import Routed
+from mcjax.models.decoder import Decoder, Routed
 from mcjax.models.weights import Role
 from mcjax.odp import PruningStatistics
 
@@ -125,7 +125,7 @@ def _correct(
                 plain = np.stack(reader.read((f"layers/{i}", role.name, None) for i in mine))
             factor = 1 + np.stack(reader.read(names)).astype(np.float32)
             factor = factor.reshape(len(mine), *[1] * (plain.ndim - 2), -1)
-            made = (np.asarray(plain, np.float32) * factor).astype(plain.dtype)
+            made = np.asarray(plain, np.float32) * factor  # bfloat16 would lose small corrections
             weights.put(
                 params, member.path + role.path, made if held is None else jnp.asarray(made)
             )
@@ -198,6 +198,7 @@ def refine_layers(reader: ArtifactReader, params: Any, widths: Widths) -> dict[s
     before: dict[tuple[int, str], np.ndarray] = {}
     params = jax.tree.map(lambda a: a, params)
     for member in weights.members(decoder):
+        paths = {role.path for role in weights.budgeted(decoder, member.layer)}
         for role in weights.roles(member.layer, decoder.width):
             if role.tap is None:
                 continue
@@ -208,7 +209,9 @@ def refine_layers(reader: ArtifactReader, params: Any, widths: Widths) -> dict[s
                 (i, role.tap): w for i, w in zip(member.numbers, held.allocation, strict=True)
             }
             if (held.allocation != wanted).any():
-                made = _refined(reader, role, member.numbers, held, wanted)
+                made: Any = _refined(reader, role, member.numbers, held, wanted)
+                if role.path not in paths and not np.ptp(wanted):
+                    (made,) = made.stacks  # as `read_layers` has it
                 weights.put(params, member.path + role.path, made)
     _correct(reader, params, _mean_widths(reader, widths), _mean_widths(reader, before))
     return params
@@ -320,6 +323,12 @@ def read_every_width(reader: ArtifactReader, i: int) -> dict[tuple[str, ...], Bi
         made[role.path] = planes
     room.read()
     return jax.device_put(made)
+
+
+def pruning_bytes(decoder: Decoder) -> int:
+    """What `read_pruning` reads: a bfloat16 vector of each routed expert."""
+    blocks = [layer.block for layer in decoder.layers if isinstance(layer.block, Routed)]
+    return sum(2 * block.experts * decoder.width for block in blocks)
 
 
 def read_pruning(reader: ArtifactReader) -> list[PruningStatistics]:

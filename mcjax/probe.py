@@ -29,7 +29,8 @@ WIDTH = 3
 """Planes of a probed part, or the most that it has."""
 
 TOKENS = 512
-"""About how many tokens a probe follows."""
+"""How many tokens a probe follows, at most, unless a window is shorter: the first of whole windows
+or of one."""
 
 
 class Probed(NamedTuple):
@@ -37,18 +38,20 @@ class Probed(NamedTuple):
 
     Attributes:
       windows: how many are followed, the first.
+      length: how many tokens of each, the first.
       place: the layer and tap of each probe.
       states: float32, a probe's [windows, T, D] each.
     """
 
     windows: int
+    length: int
     place: list[tuple[int, str]]
     states: list[np.ndarray]
 
 
 def begin(length: int) -> Probed:
     """No probes yet, for windows of so many tokens."""
-    return Probed(max(1, TOKENS // length), [], [])
+    return Probed(max(1, TOKENS // length), min(length, TOKENS), [], [])
 
 
 def probed_width(widths: tuple[int, ...]) -> int:
@@ -112,7 +115,8 @@ def divergences(
     """
     norm, head = (outside[name] for name in ("norm", "embedding" if decoder.tied else "head"))
     rows = Vocabulary(decoder.vocab_size, tokens).sample(0)
-    measure = partial(divergence, decoder, norm, head, rows)
+    head, weight = jnp.asarray(head[rows.token], jnp.float32), jnp.asarray(rows.weight)
+    measure = partial(divergence, decoder, norm, head, weight)
     return {
         place: float(measure(jnp.asarray(state), jnp.asarray(exact)))
         for place, state in zip(probed.place, probed.states, strict=True)
@@ -123,4 +127,5 @@ def divergences(
 def squared_changes(w: jax.Array, planes: BitPlanes, gram: jax.Array, widths: tuple[int, ...]):
     """``trace((W - W_k)' G (W - W_k))`` of a weight [d_in, d_out] at each width k."""
     changes = (w - planes.slice(k).dequantize() for k in widths)
-    return jnp.stack([jnp.sum(d * (gram @ d)) for d in changes])
+    products = ((d, jnp.dot(gram, d, precision="highest")) for d in changes)
+    return jnp.maximum(jnp.stack([jnp.sum(d * product) for d, product in products]), 0)

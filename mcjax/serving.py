@@ -224,7 +224,8 @@ def load(
     if isinstance(reader, Folder):
         of_artifacts = budget, bits, allocation, attention_bits, act_bits, prune
         return _load_folder(reader, of_artifacts, dtype, cache_dtype)
-    widths = resolve_widths(reader, budget, bits, allocation, attention_bits, policy)
+    reserved = 0 if prune is None else parameters.pruning_bytes(reader.decoder)
+    widths = resolve_widths(reader, budget, bits, allocation, attention_bits, policy, reserved)
     params = parameters.read_rest(reader)
     params |= parameters.read_layers(reader, widths)
     if prune is not None:
@@ -322,8 +323,11 @@ def resolve_widths(
     allocation: Sequence[Any] | None,
     attention_bits: int | None,
     policy: str = "loss",
+    reserved: int = 0,
 ) -> dict[tuple[int, str], np.ndarray]:
     """Each part's width from whichever one of budget, bits and allocation is given.
+
+    The others are as in `load`; `reserved` are bytes that are read beside weights.
 
     Raises:
       ValueError: if more than one is given, or the given one is not feasible.
@@ -343,7 +347,7 @@ def resolve_widths(
     if others not in manifest["attention_widths"]:
         raise ValueError(f"attention_bits {others} is not one of {manifest['attention_widths']}")
     if wanted is not None and policy == "loss":
-        return allocate.allocate(decoder, manifest, wanted, others)
+        return allocate.allocate(decoder, manifest, wanted, others, reserved)
     shape = np.shape(manifest["statistics"]["frequency"])
     if wanted is not None:
         chosen: Any = allocate.published(manifest, wanted)

@@ -1,8 +1,8 @@
 """An artifact's tables trained end to end against the dense model, one layer dense at a time.
 
 At each of a few *settings*, a width for what budgets are about and one for all else, the tables of
-these widths, and a factor of each entry of the norms and routers that goes with the former, learn
-to give the dense model's predictions:
+these widths, and a factor of each entry of the norms and of each expert in the routers, which goes
+with the former, learn to give the dense model's predictions:
 
     minimise  mean_t KL(softmax(h(x_t)) || softmax(h(x'_t)))
 
@@ -430,13 +430,21 @@ def _backward(layer: Layer, eps: float, own: Any, x: jax.Array, change: jax.Arra
 
 
 @partial(jax.jit, static_argnums=0)
-def divergence(decoder: Decoder, norm, head, rows: Rows, x, target) -> jax.Array:
-    """Mean divergence of the predictions of x [B, T, D] from the target's, nats a token."""
-    head = head[rows.token].astype(jnp.float32)
+def divergence(decoder: Decoder, norm, head, weight, x, target) -> jax.Array:
+    """Mean divergence of the predictions of x [B, T, D] from the target's, nats a token.
+
+    Args:
+      decoder: the model.
+      norm: its last norm.
+      head: float32 [K, D], of the tokens that the softmax runs over.
+      weight: float32 [K], as in `Rows`.
+      x: what the last layer gives.
+      target: what it should.
+    """
 
     def logs(x):
         logits = predict(decoder, norm, head, x).astype(jnp.float32)
-        return jax.nn.log_softmax(logits + rows.weight.reshape(1, 1, -1))
+        return jax.nn.log_softmax(logits + weight.reshape(1, 1, -1))
 
     expected = logs(target)
     return jnp.mean(jnp.sum(jnp.exp(expected) * (expected - logs(x)), axis=-1))
@@ -444,6 +452,7 @@ def divergence(decoder: Decoder, norm, head, rows: Rows, x, target) -> jax.Array
 
 @partial(jax.jit, static_argnums=0)
 def _divergence(decoder: Decoder, norm, head, rows: Rows, x, target):
-    """As `divergence`, and its gradient by x."""
-    measure = partial(divergence, decoder, norm, head, rows)
+    """As `divergence`, and its gradient by x; `head` is of the whole vocabulary."""
+    head = head[rows.token].astype(jnp.float32)
+    measure = partial(divergence, decoder, norm, head, rows.weight)
     return jax.value_and_grad(measure)(x, target)

@@ -97,6 +97,35 @@ def test_a_budget_in_bytes_is_kept_and_used(artifact, share):
         mcjax.load(artifact, budget=f"{low - 1}B")
 
 
+def test_a_budget_in_bytes_counts_what_pruning_reads(artifact):
+    for policy in ("affine", "paper"):
+        model = mcjax.load(artifact, budget="620kB", prune=policy)
+        assert 610_000 < model.bytes_read <= 620_000
+
+
+def test_the_most_bits_of_a_huge_model_are_feasible(artifact, monkeypatch):
+    """Products of budgets and sizes round where sizes are large."""
+    reader = ArtifactReader(artifact)
+    monkeypatch.setattr(allocate.Part, "weights", lambda part: 3 * 10**12 + 7)
+    widths = allocate.allocate(reader.decoder, reader.manifest, 3.0, 4)
+    assert (allocate.to_experts(reader.decoder, widths) == 3).all()
+    with pytest.raises(ValueError, match="if it is bytes, write 620000B"):
+        mcjax.load(artifact, budget=620_000)
+
+
+def test_dealing_bits_out_evenly():
+    cost, size = np.array([[4.0, 1.0, 0.25]] * 2), np.array([[1, 2, 3]] * 2)
+    assert allocate.even_cost(cost, size, 4) == 2 and allocate.even_cost(cost, size, 5) == 1.25
+    assert allocate.even_cost(cost, size, 1) == math.inf
+    cost[0, 0] = np.inf  # one of the parts has no such width
+    assert allocate.even_cost(cost, size, 3) == math.inf
+
+
+def test_choices_too_large_are_made_smaller():
+    cost, size = np.array([[4.0, 1.0, 0.25], [8.0, 2.0, 0.5]]), np.array([[1, 2, 3]] * 2)
+    np.testing.assert_array_equal(allocate._filled(cost, size, 5, np.array([2, 2])), [1, 2])
+
+
 def test_refining_to_bytes_and_back_equals_loading(artifact):
     model = mcjax.load(artifact, bits=1)
     for precision in ({"budget": "620kB"}, {"budget": "700kB"}, {"budget": "560kB"}):

@@ -1,6 +1,7 @@
 """Every family as an artifact: compressed, loaded, refined, pruned, drafted, resumed."""
 
 import warnings
+from functools import partial
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ from small_models import SIZES, small_config, small_model
 from test_families import error
 
 import mcjax
-from mcjax import checkpoint, compress, generate, serving, speculate
+from mcjax import allocate, checkpoint, compress, generate, serving, speculate
 from mcjax.bitplane import BitPlanes, MixedPlanes
 from mcjax.evaluate import evaluate
 from mcjax.models.decoder import Delta, Routed
@@ -101,6 +102,14 @@ def test_budgets_and_refining(case):
         refined, loaded = low.refine(**precision), mcjax.load(out, **precision)
         jax.tree.map(np.testing.assert_array_equal, refined.params, loaded.params)
     assert np.isfinite(refined(TOKENS)).all()
+    # In bytes, attention and all else too; as many as before are enough for as little loss.
+    budget = loaded.bytes_read
+    refined, loaded = refined.refine(budget=f"{budget}B"), mcjax.load(out, budget=f"{budget}B")
+    assert 0.9 * budget < loaded.bytes_read <= budget
+    jax.tree.map(np.testing.assert_array_equal, refined.params, loaded.params)
+    reader = checkpoint.ArtifactReader(out)
+    loss = partial(allocate.predicted_loss, reader.decoder, reader.manifest)
+    assert loss(loaded.widths) <= loss(mcjax.load(out, budget=3.25).widths)
 
 
 def test_pruning(case):

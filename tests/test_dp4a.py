@@ -22,6 +22,7 @@ def deviation(got, expected):
         (8, 0.012, 2, 128, 250, 140, 2),
         (None, 1e-4, 2, 128, 250, 140, 5),
         (None, 1e-4, 5, 64, 320, 24, 2),
+        (None, 1e-4, 8, 64, 128, 24, 1),
     ],
 )
 def test_several_weights(act_bits, most, width, group_size, d_in, d_out, rows):
@@ -34,7 +35,7 @@ def test_several_weights(act_bits, most, width, group_size, d_in, d_out, rows):
         poisoned, (first, second), index, keep, act_bits=act_bits, interpret=True
     )
     for y, planes in zip(got, (first, second), strict=True):
-        assert y.shape == (rows, d_out) and (np.asarray(y)[1] == 0).all()
+        assert y.shape == (rows, d_out) and (np.asarray(y)[1:2] == 0).all()
         assert deviation(y, dense_dot(x, planes, index, keep)) < most
 
 

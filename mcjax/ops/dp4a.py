@@ -98,6 +98,8 @@ def swiglu(
 ) -> jax.Array:
     """``down(silu(gate(x)) * up(x))`` of each row's expert; `weights` are gate, up and down.
 
+    An expert's three weights have one width, `down` as `gate` and `up`.
+
     Otherwise as `expert_dots`.
     """
     return _call(_swiglu, _reference_swiglu, _Config(act_bits, interpret), x, weights, index, keep)

@@ -370,7 +370,7 @@ def _nearest(target, levels, lambdas):
 
 
 def _first_table(w, diagonal, widths):
-    """A group's starting table: Gaussian steps, or for uniform widths the best clipping.
+    """A group's starting table: Gaussian steps, or the best clipping where planes halve.
 
     Args:
       w: float32 [group_size, d_out].
