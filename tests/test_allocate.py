@@ -113,7 +113,7 @@ def test_a_budget_in_bytes_counts_what_pruning_reads(artifact):
     budget = between(artifact, 0.6)
     for policy in ("affine", "paper"):
         model = mcjax.load(artifact, budget=budget, prune=policy)
-        assert int(budget[:-1]) - 2000 < model.bytes_read <= int(budget[:-1])
+        assert int(budget[:-1]) - 8000 < model.bytes_read <= int(budget[:-1])
 
 
 def test_the_most_bits_of_a_huge_model_are_feasible(artifact, monkeypatch):

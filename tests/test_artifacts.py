@@ -22,13 +22,15 @@ PROMPTS = [[5, 9, 12, 7, 50, 3], [20, 41], [17, 17, 23, 4]]
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 20), np.int32)
 
 
-KINDS = ("deepseek_v3", "gemma3", "qwen3_next", "deepseek_v32", "llama4", "lfm2_moe", "llama")
-"""One of each kind: latent, windowed, recurrent, indexed, chunked, convolutional, dense."""
+KINDS = ("deepseek_v3", "gemma3", "qwen3_next", "lfm2_moe")
+"""One of each kind: latent, dense with windows, recurrent, convolutional."""
 
-SLOW = ("mixtral", "qwen3_moe", "gpt_oss")
-"""Whose parts those have, or other tests: run with `pytest -m slow`."""
+SLOW = ("deepseek_v32", "llama4", "llama", "mixtral", "qwen3_moe", "gpt_oss")
+"""Indexed, chunked and plain ones, and those that other tests have: run with `pytest -m slow`."""
 
 OWN_BLOCKS = (
+    "deepseek_v32",
+    "llama4",
     "gemma4",
     "granitemoe",
     "minimax_m2",
@@ -75,7 +77,7 @@ def test_eight_bits_are_nearly_the_model(case, text_file):
     [
         name if name in OWN_BLOCKS else pytest.param(name, marks=pytest.mark.slow)
         for name in SIZES
-        if name not in KINDS + SLOW
+        if name not in KINDS
     ],
 )
 def test_eight_bits_of_the_others(name, tmp_path, text_file):
@@ -166,7 +168,7 @@ def test_a_killed_run_goes_on(case, text_file, monkeypatch):
 
 
 def test_families_differ_as_they_should():
-    """The five kinds of structure that the cases above are about are all there."""
+    """The kinds of structure that the cases above are about are all there."""
     from mcjax.models.families import describe
 
     layers = [layer for name in KINDS for layer in describe(small_config(name))[1].layers]
