@@ -115,7 +115,7 @@ def parts(decoder: Decoder, manifest: Mapping[str, Any]) -> list[Part]:
         shared_out = {role.path for role in weights.budgeted(decoder, layer)}
         for tap, roles in weights.by_tap(layer, decoder.width).items():
             budgeted = roles[0].path in shared_out
-            stored = manifest["statistics"]["bits" if budgeted else "others"]
+            stored = manifest["statistics"]["bits"] if budgeted else manifest["attention_widths"]
             found.append(Part(i, tap, roles, tuple(stored), budgeted))
     return found
 

@@ -257,7 +257,6 @@ def _run(folder, windows, lessons, directory, identity, given, batch_tokens, pro
         "statistics": {
             "bits": list(range(1, identity["max_bits"] + 1)),
             **{name: [r[name] for r in records if name in r] for name in names},
-            "others": list(ATTENTION_WIDTHS),
             "parts": [record["parts"] for record in records],
             "plain_bytes": plain + sum(record["plain_bytes"] for record in records),
             "tokens": windows.size,
