@@ -230,7 +230,7 @@ def quantised(
                     k: (jnp.stack([p[k][0] for p in parts]), parts[0][k][1]) for k in parts[0]
                 }
             else:
-                result = method(w, grams[role.tap])
+                result = method(w, grams[role.name][0])
             count += math.prod(role.shape)
             for setting, (value, cost) in result.items():
                 bits[setting] = bits.get(setting, 0.0) + cost * math.prod(role.shape)

@@ -72,11 +72,13 @@ def dedicated_gptq(
                 continue
             w, group = weights.get(own, role.path), resolve_group_size(role.shape[-2], group_size)
             if role.path not in paths:
-                made = _quantize(w, grams[role.tap], attention_bits, group)
+                made = _quantize(w, grams[role.name][0], attention_bits, group)
             elif role.routed:
                 made = _experts(layer, own, role, seen, allocation[numbers.index(i)], group)
             else:
-                made = _quantize(w, grams[role.tap], int(allocation[numbers.index(i)][0]), group)
+                made = _quantize(
+                    w, grams[role.name][0], int(allocation[numbers.index(i)][0]), group
+                )
             weights.put(own, role.path, made)
         layers.append(own)
         x = np.concatenate(run(own)[0])

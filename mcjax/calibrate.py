@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,7 +17,6 @@ from mcjax.models.attention import Context
 from mcjax.models.decoder import Activation, Layer, Routed
 from mcjax.models.experts import apply_experts, one_expert
 from mcjax.models.language_model import run_layer
-from mcjax.models.norms import rms_norm
 from mcjax.ops.grouped import group_rows
 
 GRAM_FLOOR = 1e-3
@@ -38,6 +37,10 @@ way is no better where calibration text is like the text served, and worse where
 calibration text by heart, see benchmarks/README.md."""
 
 
+EXPERTS = ".".join(weights_lib.EXPERTS)
+DOWN = ".".join((*weights_lib.BLOCK, "down"))
+
+
 class Seen(NamedTuple):
     """A batch of N tokens as the experts of a layer see them, kept on the host.
 
@@ -45,15 +48,24 @@ class Seen(NamedTuple):
       x: float32 [N, D], inputs of the block.
       experts: int32 [N, K].
       weights: float32 [N, K].
+      importance: float32 [N], what the squared error of their weighted sum counts.
     """
 
     x: Any
     experts: Any
     weights: Any
+    importance: Any
 
 
 @partial(jax.jit, static_argnames=("spec", "width", "eps"))
-def observe(spec: Layer, width: int, eps: float, own: Any, x: jax.Array):
+def observe(
+    spec: Layer,
+    width: int,
+    eps: float,
+    own: Any,
+    x: jax.Array,
+    importance: Mapping[str, jax.Array] | None = None,
+):
     """Runs a layer once, for its output and for what calibration needs.
 
     Args:
@@ -62,37 +74,42 @@ def observe(spec: Layer, width: int, eps: float, own: Any, x: jax.Array):
       eps: of the norms.
       own: its weights, dense.
       x: hidden states [B, T, D].
+      importance: of the tokens, see `mcjax.importance`; None for the same of all.
 
     Returns:
-      The layer's output [B, T, D]; sums of x x' over the tokens for every input of a product but
-      those inside of routed experts, by tap; and `Seen`. The network of a layer without routed
-      experts is its one expert, and a token's weight is one over the size of what comes out of the
-      layer, since later norms make nothing of that size. Likewise weights of experts whose sum is
-      normalised are divided by its size. Where weights multiply what goes into experts, each pair
-      of a token and an expert is a token of its own.
+      The layer's output [B, T, D]; sums of x x' over the tokens, each by its importance, for the
+      weights of all products but routed experts by name, and for what routed experts see by the
+      name `EXPERTS`: [groups, d_in, d_in]; and `Seen`. The network of a layer without routed
+      experts is its one expert. Where weights multiply what goes into experts, each pair of a token
+      and an expert is a token of its own.
     """
     y, _, taps = run_layer(spec, own, x, Context(jnp.arange(x.shape[1])[None], None), None, eps)
 
-    def gram(a):
-        a = a.reshape(-1, a.shape[-1])
-        return a.T @ a
+    def share(name):
+        given = jnp.ones(x.shape[:2]) if importance is None else importance[name]
+        return given.astype(jnp.float32).reshape(y.shape[0] * y.shape[1], -1)
 
-    names = {role.tap for role in weights_lib.roles(spec, width) if role.tap in taps}
-    grams = {str(name): gram(taps[name]) for name in sorted(names, key=str)}
+    def gram(tap, name):
+        rows = taps[tap].reshape(-1, taps[tap].shape[-1])
+        return lax.map(lambda one: (rows * one[:, None]).T @ rows, share(name).T)
 
-    def size(of):
-        return jnp.maximum(jnp.linalg.norm(of.reshape(-1, width), axis=-1, keepdims=True), 1e-12)
-
+    grams = {
+        role.name: gram(role.tap, role.name)
+        for role in weights_lib.roles(spec, width)
+        if role.tap is not None and not role.routed
+    }
     if not isinstance(spec.block, Routed):
         rows = taps["block_input"].reshape(-1, width)
-        return y, grams, Seen(rows, jnp.zeros((len(rows), 1), jnp.int32), 1 / size(y))
+        every = jnp.zeros((len(rows), 1), jnp.int32)
+        return y, grams, Seen(rows, every, jnp.ones((len(rows), 1)), share(DOWN)[:, 0])
+    grams[EXPERTS] = gram("expert_input", EXPERTS)
     rows, experts, weights = taps["expert_input"], taps["experts"], taps["weights"]
+    matter = share(EXPERTS)[:, 0]
     if spec.block.routing.inputs:
         rows = (rows[:, None] * weights[..., None]).reshape(-1, width)
+        matter = jnp.repeat(matter, experts.shape[1])
         experts, weights = experts.reshape(-1, 1), jnp.ones((len(rows), 1))
-    elif spec.block.apart or spec.norms != "before":
-        weights = weights / size(taps["experts_output"])
-    return y, grams, Seen(rows, experts, weights)
+    return y, grams, Seen(rows, experts, weights, matter)
 
 
 def use(experts: int, batches: Sequence[Seen]) -> tuple[np.ndarray, np.ndarray]:
@@ -109,33 +126,33 @@ class _Rows(NamedTuple):
     """Rows of some experts, expert by expert, see `_rows`."""
 
     token: jax.Array
-    weight: jax.Array
+    share: jax.Array
     first: jax.Array
     rows_of: jax.Array
 
 
 def _rows(seen: Seen, first: int, experts: int) -> _Rows:
-    """Which tokens the `experts` experts from `first` on have, and with which weight."""
+    """Which tokens the `experts` experts from `first` on have, and what their errors count."""
     index = seen.experts.reshape(-1) - first
     groups = group_rows(index, (index >= 0) & (index < experts), experts)
     token = groups.order // seen.experts.shape[1]
-    weight = seen.weights.reshape(-1)[groups.order]
+    share = seen.weights.reshape(-1)[groups.order] ** 2 * seen.importance[token]
     room = (0, BLOCK_ROWS)
-    return _Rows(jnp.pad(token, room), jnp.pad(weight, room), groups.first, groups.rows_of)
+    return _Rows(jnp.pad(token, room), jnp.pad(share, room), groups.first, groups.rows_of)
 
 
 def _over_rows(x: jax.Array, rows: _Rows, e: jax.Array, visit: Callable, carry: Any) -> Any:
-    """Folds ``visit(rows of x, their weights, carry)`` over the rows of expert e, in blocks.
+    """Folds ``visit(rows of x, their shares, carry)`` over the rows of expert e, in blocks.
 
-    Rows that only fill the last block up have weight 0.
+    Rows that only fill the last block up have a share of 0.
     """
 
     def block(b, carry):
         cut = partial(lax.dynamic_slice_in_dim, slice_size=BLOCK_ROWS)
         start = rows.first[e] + b * BLOCK_ROWS
         inside = b * BLOCK_ROWS + jnp.arange(BLOCK_ROWS) < rows.rows_of[e]
-        weight = jnp.where(inside, cut(rows.weight, start), 0)
-        return visit(x[cut(rows.token, start)], weight, carry)
+        share = jnp.where(inside, cut(rows.share, start), 0)
+        return visit(x[cut(rows.token, start)], share, carry)
 
     return lax.fori_loop(0, -(-rows.rows_of[e] // BLOCK_ROWS), block, carry)
 
@@ -148,9 +165,9 @@ def _add_expert_grams(activation: Activation, weights: Any, seen: Seen, first, g
     def of_expert(given):
         e, own, (of_input, of_hidden) = given
 
-        def visit(x, weight, carry):
+        def visit(x, share, carry):
             _, hidden = one_expert(activation, own, x)
-            share = (weight**2)[:, None]
+            share = share[:, None]
             return carry[0] + (x * share).T @ x, carry[1] + (hidden * share).T @ hidden
 
         return _over_rows(seen.x, rows, e, visit, (of_input, of_hidden))
@@ -179,16 +196,16 @@ def expert_grams(
 ) -> tuple[jax.Array, jax.Array]:
     """Gram matrices of some experts' inputs and hidden features, from the tokens routed to them.
 
-    With w[t, e] the routing weight, they sum ``w^2 x x'`` over those tokens, since the squared
-    error of the block's output weighs each by w^2; and a little of all tokens, so that an expert
-    that calibration hardly reaches has its layer's inputs to go by (ours).
+    With w[t, e] the routing weight and i[t] the importance, they sum ``i w^2 x x'`` over those
+    tokens, since the error of the block's output weighs each by i w^2; and a little of all tokens,
+    so that an expert that calibration hardly reaches has its layer's inputs to go by (ours).
 
     Args:
       activation: of the experts.
       weights: dense, of B experts, by name.
       batches: of the layer.
       first: the index of the first of those experts.
-      layer: float32 [D, D], the sum of x x' over all tokens.
+      layer: float32 [D, D], the sum of i x x' over all tokens.
       floor: the weight w^2 of all tokens; 0 for none, without `layer`. The hidden features of
         `FLOOR_TOKENS` tokens stand for those of all, since all tokens through all experts would be
         many times the work.
@@ -210,15 +227,9 @@ def expert_grams(
     return grams
 
 
-@partial(jax.jit, static_argnames=("activation", "eps"))
+@partial(jax.jit, static_argnames=("activation",))
 def expert_errors(
-    activation: Activation,
-    weights: Any,
-    planes: Any,
-    seen: Seen,
-    first,
-    after=None,
-    eps: float = 0.0,
+    activation: Activation, weights: Any, planes: Any, seen: Seen, first
 ) -> jax.Array:
     """Squared change of the block's output when a part of one expert alone is at one width.
 
@@ -228,20 +239,14 @@ def expert_errors(
       planes: their `gate`, `up` and `down` with a table for each width.
       seen: tokens.
       first: the index of the first of those experts.
-      after: the scale of a norm of the output, None for none.
-      eps: of that norm.
 
     Returns:
-      float32 [B, 2, widths]: ``sum_t (w_te ||f_e(x_t) - f_e,k(x_t)||)^2`` with `gate` and `up` at
-      width k, and with `down`; to be added over batches. The Frobenius norm of PMQ is about the
-      square root of both together.
+      float32 [B, 2, widths]: ``sum_t i_t (w_te ||f_e(x_t) - f_e,k(x_t)||)^2``, of importances i,
+      with `gate` and `up` at width k, and with `down`; to be added over batches. The Frobenius norm
+      of PMQ is about the square root of both together.
     """
     experts, widths = weights["gate"].shape[0], planes["gate"].widths
     rows = _rows(seen, first, experts)
-
-    def output(own, x):
-        y = one_expert(activation, own, x)[0]
-        return y if after is None else rms_norm(y, after, eps)
 
     def of_expert(given):
         e, own, planes = given
@@ -249,10 +254,10 @@ def expert_errors(
         at = [own | {name: one[name] for name in ("gate", "up")} for one in narrow]
         at += [own | {"down": one["down"]} for one in narrow]
 
-        def visit(x, weight, total):
-            exact = output(own, x)
-            change = [jnp.sum((output(one, x) - exact) ** 2, axis=-1) for one in at]
-            return total + jnp.stack(change) @ weight**2
+        def visit(x, share, total):
+            exact, *others = (one_expert(activation, one, x)[0] for one in (own, *at))
+            change = [jnp.sum((other - exact) ** 2, axis=-1) for other in others]
+            return total + jnp.stack(change) @ share
 
         return _over_rows(seen.x, rows, e, visit, jnp.zeros(2 * len(widths))).reshape(2, -1)
 
@@ -260,7 +265,7 @@ def expert_errors(
 
 
 class _Moments(NamedTuple):
-    """Sums with weight w^2 over tokens that have e at rank 1 or lower; f0 is their first's output.
+    """Sums with weight i w^2 over tokens with e at rank 1 or lower; f0 is their first's output.
 
     Attributes:
       share: [E], of 1.
@@ -285,7 +290,8 @@ def _lower_ranked(spec: Routed, experts: Any, seen: Seen):
     f = f.reshape(*index.shape, -1)
     first, rest = f[:, :1], f[:, 1:]
     one_hot = jax.nn.one_hot(index[:, 1:], spec.experts, dtype=jnp.float32)
-    share = one_hot * weights[:, 1:, None] ** 2  # [N, K - 1, E]
+    share = weights[:, 1:] ** 2 * seen.importance[:, None]
+    share = one_hot * share[..., None]  # [N, K - 1, E]
 
     def total(value):
         value = jnp.broadcast_to(value, (*share.shape[:2], value.shape[-1]))

@@ -16,10 +16,18 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from mcjax import checkpoint, probe, text
+from mcjax import checkpoint, importance, probe, text
 from mcjax.atomic import whole
 from mcjax.bitplane import BitPlanes, resolve_group_size
-from mcjax.calibrate import Seen, expert_errors, expert_grams, observe, pruning_statistics, use
+from mcjax.calibrate import (
+    EXPERTS,
+    Seen,
+    expert_errors,
+    expert_grams,
+    observe,
+    pruning_statistics,
+    use,
+)
 from mcjax.hub import Folder, local, read_json
 from mcjax.models import weights
 from mcjax.models.decoder import Decoder, Layer, Routed
@@ -85,10 +93,12 @@ def compress(
 ) -> dict[str, Any]:
     """Compresses a language model into one artifact that serves every width up to `max_bits`.
 
-    The layers run once over the calibration windows with their own weights; each is quantised on
-    the inputs it sees there and saved before the next is read, so memory holds one layer. The best
-    effort then trains tables, for which it holds all planes, see `mcjax.tune_artifact`. What is
-    written is beside `out` until it is whole.
+    The model runs over the calibration windows and back, for the importance of each token, see
+    `mcjax.importance`, whose inputs of layers lie beside `out` meanwhile: 2 bytes for each window's
+    tokens, features and layers. Then the layers run once more with their own weights; each is
+    quantised on the inputs it sees there and saved before the next is read, so memory holds one
+    layer. The best effort then trains tables, for which it holds all planes, see
+    `mcjax.tune_artifact`. What is written is beside `out` until it is whole.
 
     Args:
       model: a Hugging Face folder, or a name on the hub, see `mcjax.hub.local`.
@@ -106,7 +116,7 @@ def compress(
         for instance, rotated and with a table for each width up to `max_bits`; None quantises the
         model's.
       batch_tokens: about how many calibration tokens are computed at once.
-      progress: wraps the iteration over layers, and that over steps of tuning, called with (items,
+      progress: wraps the iterations over layers, and that over steps of tuning, called with (items,
         description=...).
 
     Returns:
@@ -177,7 +187,8 @@ def compress(
         if lessons is not None:
             manifest = _tune(partial_out, manifest, plan, lessons, target, progress)
         checkpoint.write_manifest(partial_out, manifest)
-        (partial_out / TUNING).unlink(missing_ok=True)
+        for name in (TUNING, importance.KEPT):
+            (partial_out / name).unlink(missing_ok=True)
         for i in range(len(decoder.layers)):
             (partial_out / f"layer_{i}.json").unlink()
             (partial_out / f"probe_{i}.npz").unlink()
@@ -234,20 +245,25 @@ def _run(folder, windows, lessons, directory, identity, given, batch_tokens, pro
     decoder = folder.decoder
     outside = folder.read_rest()
     rest_sums = checkpoint.save_tree(directory / "rest", _narrow(outside), ())
+    batch = max(1, min(len(windows), batch_tokens // windows.shape[1]))
+
+    def dense(i):
+        return _dense(_stored(folder, i))
+
+    matter = importance.measure(decoder, outside, dense, windows, batch, directory, progress)
     tokens = windows if lessons is None else np.concatenate([windows, lessons])
     x = np.array(embed(decoder, outside, tokens, jnp.float32))
     del outside
-    batch = max(1, min(len(windows), batch_tokens // windows.shape[1]))
     places, probed = weights.budgeted_layers(decoder), probe.begin(windows.shape[1])
     records = []
     for i in progress(range(len(decoder.layers)), description="layers"):
         given_here = given[places.index(i)] if given is not None and i in places else None
         options = len(windows), batch, directory, identity, given_here
-        x, probed = _one_layer(folder, i, x, probed, *options)
+        x, probed = _one_layer(folder, i, x, matter[i], probed, *options)
         records.append(read_json(directory / f"layer_{i}.json"))
     followed = slice(probed.windows), slice(probed.length)
     outside = folder.read_rest()
-    far = probe.divergences(decoder, outside, windows[followed], x[followed], probed)
+    far = probe.divergences(decoder, outside, x[followed], probed)
     for (i, tap), value in far.items():
         records[i]["parts"][tap]["divergence"] = value
     plain = sum(leaf.nbytes for leaf in jax.tree.leaves(_narrow(outside)))
@@ -298,6 +314,7 @@ def _one_layer(
     folder,
     i: int,
     x: np.ndarray,
+    matter: importance.Importance,
     probed,
     watched: int,
     batch: int,
@@ -307,13 +324,10 @@ def _one_layer(
 ):
     """Saves a layer unless it is there; its output for all windows and for what is probed."""
     decoder = folder.decoder
-    stored: dict[str, Any] = {}
-    for name, value in folder.read_layer(i):
-        weights.put(stored, tuple(name.split(".")), value)
-    folder.unmap()
-    own = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), stored)
+    stored = _stored(folder, i)
+    own = _dense(stored)
     done = directory / f"layer_{i}.json"
-    y, grams, seen = _observe(decoder, i, own, x, 0 if done.exists() else watched, batch)
+    y, grams, seen = _observe(decoder, i, own, x, matter, 0 if done.exists() else watched, batch)
     run = partial(_outputs, decoder, i)
     states = [run(own, state) for state in probed.states]
     taps = weights.by_tap(decoder.layers[i], decoder.width)
@@ -340,17 +354,31 @@ def _one_layer(
     return y, probed._replace(place=place, states=[*states, *new.values()])
 
 
+def _stored(folder, i: int) -> dict[str, Any]:
+    """A layer's weights as they are stored."""
+    stored: dict[str, Any] = {}
+    for name, value in folder.read_layer(i):
+        weights.put(stored, tuple(name.split(".")), value)
+    folder.unmap()
+    return stored
+
+
+def _dense(stored: Any) -> Any:
+    return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), stored)
+
+
 def _outputs(decoder: Decoder, i: int, own: Any, x: np.ndarray) -> np.ndarray:
     return np.asarray(outputs(decoder.layers[i], decoder.norm_eps, own, x))
 
 
-def _observe(decoder: Decoder, i: int, own: Any, x: np.ndarray, watched: int, batch: int):
+def _observe(decoder: Decoder, i: int, own: Any, x: np.ndarray, matter, watched: int, batch: int):
     """A layer's output for all windows, and sums and what experts see of the first `watched`."""
     layer, eps = decoder.layers[i], decoder.norm_eps
     y, grams, batches = np.empty_like(x), None, []
     for start in range(0, watched, batch):
         some = slice(start, min(start + batch, watched))
-        y[some], of_batch, seen = observe(layer, decoder.width, eps, own, x[some])
+        mine = {name: value[some] for name, value in matter.items()}
+        y[some], of_batch, seen = observe(layer, decoder.width, eps, own, x[some], mine)
         grams = of_batch if grams is None else jax.tree.map(jnp.add, grams, of_batch)
         batches.append(Seen(*map(np.asarray, seen)))
     for start in range(watched, len(x), batch):
@@ -366,42 +394,44 @@ def _quantize_layer(decoder: Decoder, i: int, own: Any, grams, seen, identity, e
     effort |= {"sweeps": EFFORTS[identity["effort"]]}
     shared_out = weights.budgeted(decoder, layer)
     paths = {role.path for role in shared_out}
-    others: dict[str, dict[tuple[str, ...], Any]] = {}
-    for role in weights.roles(layer, decoder.width):
-        if role.tap is not None and role.path not in paths:
-            others.setdefault(role.tap, {})[role.path] = weights.get(own, role.path)
     planes: dict[tuple[str, ...], Any] = {}
-    options: Any = effort | {"widths": ATTENTION_WIDTHS}
     parts: dict[str, Any] = {}
-    for tap, matrices in others.items():
-        made = _quantize_alike(matrices, ATTENTION_WIDTHS[-1], grams[tap], options)
-        each = [
-            probe.squared_changes(matrix, made[path], grams[tap], ATTENTION_WIDTHS)
-            for path, matrix in matrices.items()
-        ]
-        parts[tap] = _part(ATTENTION_WIDTHS, sum(each))
-        planes |= made
+    for tap, roles in weights.by_tap(layer, decoder.width).items():
+        if roles[0].path in paths:
+            continue
+        squared: Any = 0
+        for role in roles:
+            w, gram = weights.get(own, role.path), grams[role.name]
+            made = _quantize_groups(w, ATTENTION_WIDTHS[-1], gram, effort, ATTENTION_WIDTHS)
+            squared = squared + probe.squared_changes(w, made, gram, ATTENTION_WIDTHS)
+            planes[role.path] = made
+        parts[tap] = _part(ATTENTION_WIDTHS, squared)
     if not shared_out:
         return {"parts": parts}, planes
-    path = shared_out[0].path[:-1]
+    path, bits = shared_out[0].path[:-1], identity["max_bits"]
     dense = weights.get(own, path)
     dense = {n: w for n, w in dense.items() if n.split("_")[0] in EXPERT_WEIGHTS}
     routed = isinstance(layer.block, Routed)
     if not routed:  # the one expert of its layer
+        if experts is None:
+            experts = {
+                role.path[-1]: _quantize_groups(
+                    weights.get(own, role.path), bits, grams[role.name], effort
+                )
+                for role in shared_out
+            }
         dense, experts = jax.tree.map(lambda w: w[None], (dense, experts))
 
     def make(some, mine):
         if experts is not None:
             return jax.tree.map(lambda a: a[some], experts)
-        activation, every = layer.block.activation, grams[shared_out[0].tap]
+        activation, every = layer.block.activation, grams[EXPERTS][0]
         into, hidden = expert_grams(activation, mine, seen, some.start, every)
-        bits = identity["max_bits"]
         raising = {name: mine[name] for name in ("gate", "up")}
         made = _quantize_alike(raising, bits, into, effort)
-        return made | _quantize_alike({"down": mine["down"]}, bits, hidden, effort)
+        return made | {"down": quantize(mine["down"], bits, gram=hidden, **effort)}
 
-    after = None if routed else own.get(weights.AFTER)
-    made, squared = _by_blocks(decoder, layer, dense, seen, make, after)
+    made, squared = _by_blocks(layer, dense, seen, make)
     for n, tap in enumerate(dict.fromkeys(str(role.tap) for role in shared_out)):
         parts[tap] = _part(made["gate"].widths, squared[:, n])
     error = np.sqrt(squared.sum(axis=1))
@@ -423,6 +453,17 @@ def _part(widths: tuple[int, ...], squared) -> dict[str, Any]:
     return {"width": probe.probed_width(widths), "squared": np.asarray(squared).tolist()}
 
 
+def _quantize_groups(
+    w: jax.Array, bits: int, grams: jax.Array, options: Any, widths: Sequence[int] | None = None
+) -> BitPlanes:
+    """Planes of a matrix whose output features have Gram matrices by groups."""
+    some = jnp.moveaxis(w.reshape(w.shape[0], len(grams), -1), 1, 0)
+    planes = quantize(some, bits, gram=grams, widths=widths, **options)
+    return jax.tree.map(
+        lambda a: jnp.moveaxis(a, 0, -2).reshape(*a.shape[1:-1], w.shape[-1]), planes
+    )
+
+
 def _quantize_alike(matrices: Mapping[Any, Any], bits: int, gram: Any, options: Any) -> dict:
     """Planes of matrices [..., d_in, d_out] that multiply the same inputs.
 
@@ -437,22 +478,21 @@ def _quantize_alike(matrices: Mapping[Any, Any], bits: int, gram: Any, options: 
     }
 
 
-def _by_blocks(decoder: Decoder, layer: Layer, dense: Any, seen, make, after):
+def _by_blocks(layer: Layer, dense: Any, seen, make):
     """Experts' planes on the host and `expert_errors` [E, 2, widths], some experts at a time."""
     count, *features = dense["gate"].shape
     step = max(1, min(count, GRAM_BYTES // (4 * sum(n * n for n in features))))
     tokens, chosen = sum(len(s.x) for s in seen), seen[0].experts.shape[1]
-    share = ERROR_ROWS * dense["gate"].shape[0] / (chosen * tokens)
-    step = max(1, int(1 / share))
-    some_seen = [Seen(s.x[::step], s.experts[::step], s.weights[::step]) for s in seen]
+    share = ERROR_ROWS * count / (chosen * tokens)
+    every = max(1, int(1 / share))
+    some_seen = [jax.tree.map(lambda a: a[::every], s) for s in seen]
     parts, errors = [], []
     for first in range(0, count, step):
         some = slice(first, first + step)
         mine = jax.tree.map(lambda w, s=some: w[s], dense)
         made = make(some, mine)
         measure = partial(expert_errors, layer.block.activation, mine, made)
-        each = (measure(batch, first, after, decoder.norm_eps) for batch in some_seen)
-        errors.append(np.asarray(sum(each)))
+        errors.append(np.asarray(sum(measure(batch, first) for batch in some_seen)))
         parts.append(jax.device_get(made))
     whole_layer = jax.tree.map(lambda *a: np.concatenate(a), *parts)
     return whole_layer, np.concatenate(errors)

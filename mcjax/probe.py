@@ -23,7 +23,7 @@ from mcjax.bitplane import BitPlanes
 from mcjax.models import weights
 from mcjax.models.decoder import Decoder
 from mcjax.models.weights import Role
-from mcjax.tune_artifact import Vocabulary, divergence
+from mcjax.vocabulary import divergence, head_of
 
 WIDTH = 3
 """Planes of a probed part, or the most that it has."""
@@ -102,21 +102,17 @@ def restore(file: Path) -> dict[str, np.ndarray]:
 
 
 def divergences(
-    decoder: Decoder, outside: Any, tokens: np.ndarray, exact: np.ndarray, probed: Probed
+    decoder: Decoder, outside: Any, exact: np.ndarray, probed: Probed
 ) -> dict[tuple[int, str], float]:
     """How far each probe's predictions are from the model's, nats a token.
 
     Args:
       decoder: the model.
       outside: its parameters outside of the layers.
-      tokens: int [windows, T], of the probes.
-      exact: float32 [windows, T, D], what the last layer gives for them.
+      exact: float32 [windows, T, D], what the last layer gives for the tokens of the probes.
       probed: what it gives for the probes.
     """
-    norm, head = (outside[name] for name in ("norm", "embedding" if decoder.tied else "head"))
-    rows = Vocabulary(decoder.vocab_size, tokens).sample(0)
-    head, weight = jnp.asarray(head[rows.token], jnp.float32), jnp.asarray(rows.weight)
-    measure = partial(divergence, decoder, norm, head, weight)
+    measure = partial(divergence, decoder, *head_of(decoder, outside, exact))
     return {
         place: float(measure(jnp.asarray(state), jnp.asarray(exact)))
         for place, state in zip(probed.place, probed.states, strict=True)
@@ -125,7 +121,12 @@ def divergences(
 
 @partial(jax.jit, static_argnames="widths")
 def squared_changes(w: jax.Array, planes: BitPlanes, gram: jax.Array, widths: tuple[int, ...]):
-    """``trace((W - W_k)' G (W - W_k))`` of a weight [d_in, d_out] at each width k."""
-    changes = (w - planes.slice(k).dequantize() for k in widths)
-    products = ((d, jnp.dot(gram, d, precision="highest")) for d in changes)
-    return jnp.maximum(jnp.stack([jnp.sum(d * product) for d, product in products]), 0)
+    """``trace((W - W_k)' G (W - W_k))`` of a weight [d_in, d_out] at each width k.
+
+    Groups of output features have Gram matrices of their own, [groups, d_in, d_in].
+    """
+    groups, d_in, _ = gram.shape
+    changes = jnp.stack([w - planes.slice(k).dequantize() for k in widths])
+    changes = changes.reshape(len(widths), d_in, groups, -1)
+    products = jnp.einsum("gij,kjgo->kigo", gram, changes, precision="highest")
+    return jnp.maximum(jnp.sum(changes * products, axis=(1, 2, 3)), 0)

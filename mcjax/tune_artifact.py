@@ -7,9 +7,8 @@ with the former, learn to give the dense model's predictions:
     minimise  mean_t KL(softmax(h(x_t)) || softmax(h(x'_t)))
 
 with x the last layer's outputs in the dense model, x' those at the setting and h norm and head, for
-the tokens of calibration windows. Of a large vocabulary the softmax runs over the tokens that these
-hold and a sample of the others, which stand for all of them. Tables that an earlier setting trained
-stay as they are.
+the tokens of calibration windows, over the likeliest tokens of a large vocabulary, see
+`mcjax.vocabulary`. Tables that an earlier setting trained stay as they are.
 
 A step runs forward and back through the layers one by one. A layer's weights are made of its planes
 when it is their turn, so that one layer is dense at a time; beside it memory holds all planes, and
@@ -30,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mcjax import parameters
+from mcjax import parameters, vocabulary
 from mcjax import tables as tables_lib
 from mcjax.atomic import whole
 from mcjax.bitplane import BitPlanes
@@ -38,7 +37,7 @@ from mcjax.checkpoint import ArtifactReader
 from mcjax.models import weights
 from mcjax.models.attention import Context
 from mcjax.models.decoder import Decoder, Layer
-from mcjax.models.language_model import embed, predict, run_layer
+from mcjax.models.language_model import embed, run_layer
 
 STEPS = {1: 24, 2: 80, 3: 56, 4: 32}
 """Of each width, for a model of `WEIGHTS` weights in planes or more; of wider ones the least."""
@@ -61,9 +60,6 @@ STEP_TOKENS = 1024
 
 CLIP = 1.0
 """Greatest norm of a gradient."""
-
-SAMPLED = 4096
-"""Tokens that no window holds and that a step's softmax has, at most."""
 
 KEEP_EVERY = 16
 """Steps after which what is trained is kept for a run that goes on."""
@@ -175,15 +171,13 @@ def tune_artifact(
     batch = _batch(windows.shape[1])
     order = np.random.default_rng(0).permutation(len(windows))
     model = Model(decoder, layers, outside)
-    vocabulary = Vocabulary(decoder.vocab_size, windows)
     for number in progress(range(first, len(steps)), description="tuning"):
         setting, n = steps[number]
         if n == 0:
             state.begin(setting)
         some = order[np.arange(number * batch, (number + 1) * batch) % len(order)]
         wide = setting.others[n % len(setting.others)]
-        rows = vocabulary.sample(number)
-        gradients = model.gradients(state, wide, windows[some], target[some], rows)[1]
+        gradients = model.gradients(state, wide, windows[some], target[some])[1]
         state.update(gradients, setting.rate(n))
         if n + 1 == setting.steps:
             state.end()
@@ -327,34 +321,6 @@ def _square(tree: Any) -> jax.Array:
     return sum((jnp.sum(leaf**2) for leaf in jax.tree.leaves(tree)), jnp.float32(0))
 
 
-class Rows(NamedTuple):
-    """Tokens that a softmax runs over.
-
-    Attributes:
-      token: int [K].
-      weight: float32 [K], log of how many tokens each stands for.
-    """
-
-    token: np.ndarray
-    weight: np.ndarray
-
-
-class Vocabulary:
-    """Draws tokens for softmaxes: those that windows hold, and some of the others."""
-
-    def __init__(self, size: int, windows: np.ndarray):
-        self.used = np.unique(windows)
-        self.others = np.setdiff1d(np.arange(size), self.used)
-
-    def sample(self, seed: int) -> Rows:
-        """Those of one step."""
-        count = min(SAMPLED, len(self.others))
-        drawn = np.random.default_rng(seed).choice(self.others, count, replace=False)
-        stands_for = np.ones(len(self.used) + count, np.float32)
-        stands_for[len(self.used) :] = len(self.others) / max(count, 1)
-        return Rows(np.concatenate([self.used, drawn]).astype(np.int32), np.log(stands_for))
-
-
 class Model(NamedTuple):
     """The model at a setting, run layer by layer."""
 
@@ -363,7 +329,7 @@ class Model(NamedTuple):
     outside: Any
 
     def gradients(
-        self, state: State, others: int, tokens: np.ndarray, target: np.ndarray, rows: Rows
+        self, state: State, others: int, tokens: np.ndarray, target: np.ndarray
     ) -> tuple[jax.Array, list[Tables]]:
         """The divergence, and each layer's gradient by the tables that train."""
         decoder = self.decoder
@@ -372,10 +338,8 @@ class Model(NamedTuple):
         for i, layer in enumerate(decoder.layers):
             inputs.append(x)
             x = outputs(layer, decoder.norm_eps, self._own(state, i, others), x)
-        norm, head = (
-            self.outside[name] for name in ("norm", "embedding" if decoder.tied else "head")
-        )
-        value, change = _divergence(decoder, norm, head, rows, x, jnp.asarray(target))
+        norm, head = vocabulary.head_of(decoder, self.outside, target)
+        value, change = _divergence(decoder, norm, head, x, jnp.asarray(target))
         gradients: list[Tables] = [{} for _ in inputs]
         for i in reversed(range(len(inputs))):
             own = self._own(state, i, others)
@@ -430,29 +394,7 @@ def _backward(layer: Layer, eps: float, own: Any, x: jax.Array, change: jax.Arra
 
 
 @partial(jax.jit, static_argnums=0)
-def divergence(decoder: Decoder, norm, head, weight, x, target) -> jax.Array:
-    """Mean divergence of the predictions of x [B, T, D] from the target's, nats a token.
-
-    Args:
-      decoder: the model.
-      norm: its last norm.
-      head: float32 [K, D], of the tokens that the softmax runs over.
-      weight: float32 [K], as in `Rows`.
-      x: what the last layer gives.
-      target: what it should.
-    """
-
-    def logs(x):
-        logits = predict(decoder, norm, head, x).astype(jnp.float32)
-        return jax.nn.log_softmax(logits + weight.reshape(1, 1, -1))
-
-    expected = logs(target)
-    return jnp.mean(jnp.sum(jnp.exp(expected) * (expected - logs(x)), axis=-1))
-
-
-@partial(jax.jit, static_argnums=0)
-def _divergence(decoder: Decoder, norm, head, rows: Rows, x, target):
-    """As `divergence`, and its gradient by x; `head` is of the whole vocabulary."""
-    head = head[rows.token].astype(jnp.float32)
-    measure = partial(divergence, decoder, norm, head, rows.weight)
+def _divergence(decoder: Decoder, norm, head, x, target):
+    """`mcjax.vocabulary.divergence` and its gradient by x."""
+    measure = partial(vocabulary.divergence, decoder, norm, head)
     return jax.value_and_grad(measure)(x, target)

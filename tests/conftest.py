@@ -58,6 +58,7 @@ QUICKLY_COMPILED = {
     "test_formats.py",
     "test_generate.py",
     "test_hub.py",
+    "test_importance.py",
     "test_names.py",
     "test_odp.py",
     "test_once_lm.py",
@@ -72,6 +73,7 @@ QUICKLY_COMPILED = {
     "test_tune.py",
     "test_vision.py",
     "test_vision_models.py",
+    "test_vocabulary.py",
 }
 """Files about how parts fit together, most of whose time is compiling: there, and in the processes
 that they start, LLVM optimises little, and XLA on CPU emits fusions in its older way, which takes

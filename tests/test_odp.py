@@ -177,7 +177,8 @@ def test_stand_ins_are_the_weighted_least_squares(model_folder):
     spec, moe = decoder.layers[0].block, weights.of_layer(decoder, model.params, 0)["block"]
     moe = jax.tree.map(lambda a: a.astype(np.float32), moe)
     x = np.random.default_rng(0).normal(size=(2, 400, 96)).astype(np.float32)
-    seen = [Seen(some, *chosen(spec, moe, some)[:0:-1]) for some in x]
+    alike = np.ones(400, np.float32)
+    seen = [Seen(some, *chosen(spec, moe, some)[:0:-1], alike) for some in x]
     statistics = pruning_statistics(spec, moe["experts"], seen)
     tokens = x.reshape(-1, 96)
     weights_, index = (

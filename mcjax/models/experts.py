@@ -90,6 +90,7 @@ def routed(
     """The weighted sum of each token's experts and what all share, x [B, T, D] to [B, T, D].
 
     Experts of small routing weight are skipped if the weights have a `threshold`, see `mcjax.odp`.
+    A `shift` [N, D] among them is added to the experts' sum, see `mcjax.importance`.
 
     Args:
       spec: of the experts.
@@ -134,6 +135,7 @@ def routed(
     y = apply_experts(spec, weights["experts"], inputs, index.reshape(-1), flat, act_bits)
     y = jnp.sum(y.reshape(*index.shape, -1) * factor, axis=1)
     y = y if rest is None else y + rest
+    y = y + weights["shift"] if "shift" in weights else y
     taps["experts_output"] = y
     if spec.apart:
         y = rms_norm(y, weights["experts_after"], eps)

@@ -15,8 +15,17 @@ dp4a      few rows on a GPU, by counting bits
 unpack    planes written out on a GPU, for many rows
 """
 
-from mcjax.ops.dot import aligned, dense, dot, expert_dot, expert_rows_dot
+from mcjax.ops.dot import Shifted, aligned, dense, dot, expert_dot, expert_rows_dot
 from mcjax.ops.grouped import expert_map
 from mcjax.ops.narrow import narrow_dot
 
-__all__ = ["aligned", "dense", "dot", "expert_dot", "expert_map", "expert_rows_dot", "narrow_dot"]
+__all__ = [
+    "Shifted",
+    "aligned",
+    "dense",
+    "dot",
+    "expert_dot",
+    "expert_map",
+    "expert_rows_dot",
+    "narrow_dot",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,18 @@ from mcjax.ops.linear import automatic, rows_as
 from mcjax.ops.popcount import popcount_dot
 from mcjax.ops.rounding import rounded
 from mcjax.ops.tiled import int8_dot, tiled_dot
+
+
+class Shifted(NamedTuple):
+    """A weight whose product is moved, so that derivatives by what the product gives can be had.
+
+    Attributes:
+      weight: of logical shape [d_in, d_out].
+      shift: [..., d_out], added to the product; zeros, usually.
+    """
+
+    weight: Weight
+    shift: jax.Array
 
 
 def dense(weight: Weight, dtype=jnp.float32) -> jax.Array:
@@ -40,13 +53,16 @@ def aligned(x: jax.Array, *weights: Weight) -> tuple[jax.Array, tuple[Weight, ..
 
 
 def dot(
-    x: jax.Array, planes: Weight, act_bits: int | None = None, product: str | None = None
+    x: jax.Array,
+    planes: Weight | Shifted,
+    act_bits: int | None = None,
+    product: str | None = None,
 ) -> jax.Array:
     """Activations times one weight; differentiable with respect to x.
 
     Args:
       x: float [..., d_in].
-      planes: a weight of logical shape [d_in, d_out].
+      planes: a weight of logical shape [d_in, d_out], which may be `Shifted`.
       act_bits: None multiplies in x's own type; 8 or 16 lets every row of x be rounded to so many
         bits first, a deliberate change of numerics by which few rows can be multiplied by counting
         bits. 8 costs some accuracy, 16 less than bfloat16 does; with 8 a CPU multiplies many rows
@@ -62,6 +78,9 @@ def dot(
       ValueError: if shapes do not fit, `act_bits` is not None, 8 or 16, or the product is unknown
         or does not go with them.
     """
+    if isinstance(planes, Shifted):
+        y = dot(x, planes.weight, act_bits, product)
+        return y + planes.shift.reshape(y.shape)
     if len(planes.shape) != 2 or x.shape[-1] != planes.shape[0]:
         raise ValueError(f"x {x.shape} does not multiply a weight of shape {planes.shape}")
     held = isinstance(planes, BitPlanes | MixedPlanes)

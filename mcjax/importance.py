@@ -1,0 +1,199 @@
+"""How much an error at each token matters to what the model says, for every product.
+
+If a product's result changes by e_t at token t, and the loss has the gradient g_t there, then
+predictions change by about ``(g_t . e_t)^2 / 2`` nats, on average over labels that are drawn from
+the model's own predictions (the Fisher information). So the quadratic error of a weight is weighed
+token by token, by its *importance*
+
+    |g_t|    over the product's output features, a group of these at a time, its mean made 1
+
+In a language model a few tokens matter a hundred times as much as others: the first of a window,
+to which all attend, does so in `k`, `v` and `down`. GuidedQuant (arXiv 2505.07004) weighs by the
+square of this; its square root rests on more tokens, and measures better (ours).
+
+One pass forward keeps each layer's inputs on disk in bfloat16, one pass back reads them again. A
+layer is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from mcjax.atomic import whole
+from mcjax.models import weights
+from mcjax.models.attention import Context
+from mcjax.models.decoder import Decoder, Layer, Routed
+from mcjax.models.language_model import embed, run_layer
+from mcjax.models.weights import Role
+from mcjax.ops import Shifted
+from mcjax.tune_artifact import outputs
+from mcjax.vocabulary import head_of, log_probabilities
+
+GROUPS = 4
+"""Groups of a product's output features that have an importance of their own, at most."""
+
+KEPT = "importance.npz"
+"""Where what was measured is kept until all layers are done."""
+
+ABSORBED = "latent"
+"""The tap of weights that no product has on its own; its tokens count as the mixer's inputs do."""
+
+Importance = dict[str, np.ndarray]
+"""By the names of weights, and `weights.EXPERTS` for what routed experts give together, float16
+[N, T, groups]."""
+
+
+def groups(role: Role) -> int:
+    """How many groups a weight's output features are in.
+
+    A group's Gram matrix should cost less than a product with its features does.
+    """
+    d_in, d_out = role.shape[-2:]
+    fit = (n for n in range(GROUPS, 1, -1) if d_out % n == 0 and 2 * (d_out // n) >= d_in)
+    return next(fit, 1)
+
+
+def measure(
+    decoder: Decoder,
+    outside: Any,
+    read: Callable[[int], Any],
+    windows: np.ndarray,
+    batch: int,
+    directory: Path,
+    progress: Callable[..., Any],
+) -> list[Importance]:
+    """The importance of every token of calibration windows, layer by layer.
+
+    Args:
+      decoder: the model.
+      outside: its parameters outside of the layers.
+      read: gives the dense weights of layer i.
+      windows: tokens int [N, T].
+      batch: windows computed at once.
+      directory: where what is found is kept, and found again by a later call.
+      progress: wraps the iteration over both passes' layers, called with (items, description=...).
+    """
+    keep, inputs = directory / KEPT, directory / "inputs"
+    if keep.exists():
+        return _restore(keep, len(decoder.layers))
+    shutil.rmtree(inputs, ignore_errors=True)
+    inputs.mkdir()
+    starts = range(0, len(windows), batch)
+    count = len(decoder.layers)
+    x = np.array(embed(decoder, outside, windows, jnp.float32))
+    found: list[Importance] = [{} for _ in range(count)]
+    for step in progress(range(2 * count), description="importance of tokens"):
+        i = step if step < count else 2 * count - 1 - step
+        own, layer, file = read(i), decoder.layers[i], inputs / f"{i}.npy"
+        if step < count:
+            np.save(file, x.astype(ml_dtypes.bfloat16).view(np.uint16))
+            for s in starts:
+                x[s : s + batch] = outputs(layer, decoder.norm_eps, own, x[s : s + batch])
+            if i + 1 == count:
+                x = _last_gradient(decoder, outside, x)
+            continue
+        kept = np.load(file).view(ml_dtypes.bfloat16)
+        parts = []
+        for s in starts:
+            some = kept[s : s + batch].astype(np.float32)
+            change, of_batch = _backward(layer, decoder.norm_eps, own, some, x[s : s + batch])
+            x[s : s + batch] = change
+            parts.append(jax.tree.map(np.asarray, of_batch))
+        found[i] = jax.tree.map(lambda *each: _scaled(np.concatenate(each)), *parts)
+        file.unlink()
+    inputs.rmdir()
+    _save(keep, found)
+    return found
+
+
+def _scaled(importance: np.ndarray) -> np.ndarray:
+    mean = np.mean(importance, axis=(0, 1), dtype=np.float64)
+    # Of what nothing comes, no token is more important than another.
+    scaled = np.where(mean > 0, importance / np.where(mean > 0, mean, 1), 1)
+    return np.clip(scaled, 1e-4, 6e4).astype(np.float16)
+
+
+def _save(file: Path, found: list[Importance]) -> None:
+    arrays = {f"{i}/{name}": value for i, of in enumerate(found) for name, value in of.items()}
+    with whole(file) as aside, open(aside, "wb") as stream:
+        np.savez(stream, allow_pickle=False, **arrays)
+
+
+def _restore(file: Path, count: int) -> list[Importance]:
+    found: list[Importance] = [{} for _ in range(count)]
+    with np.load(file) as held:
+        for key in held.files:
+            i, name = key.split("/")
+            found[int(i)][name] = held[key]
+    return found
+
+
+def _last_gradient(decoder: Decoder, outside: Any, x: np.ndarray) -> np.ndarray:
+    """The loss's gradient by what the last layer gives, float32 [N, T, D], a window at a time."""
+
+    def of_window(n, row):
+        norm, head = head_of(decoder, outside, row)
+        return _drawn_loss_gradient(decoder, norm, head, jax.random.key(n), row)
+
+    return np.concatenate([np.asarray(of_window(n, row[None])) for n, row in enumerate(x)])
+
+
+@partial(jax.jit, static_argnums=0)
+def _drawn_loss_gradient(decoder: Decoder, norm, head, key, x):
+    labels = jax.random.categorical(key, log_probabilities(decoder, norm, head, x))
+
+    def loss(x):
+        likely = log_probabilities(decoder, norm, head, x)
+        return -jnp.sum(jnp.take_along_axis(likely, labels[..., None], axis=-1))
+
+    return jax.grad(loss)(x)
+
+
+def products(layer: Layer, width: int) -> Iterator[Role]:
+    """The weights of a layer that `mcjax.dot` multiplies, but for routed experts."""
+    for role in weights.roles(layer, width):
+        if role.tap not in (None, ABSORBED) and not role.routed:
+            yield role
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _backward(layer: Layer, eps: float, own: Any, x: jax.Array, change: jax.Array):
+    """The gradient by x, and importances before scaling, float32 [B, T, groups]."""
+    batch, length, width = x.shape
+    roles = {role.path: role for role in products(layer, width)}
+    shifts = {path: jnp.zeros((*x.shape[:2], r.shape[-1])) for path, r in roles.items()}
+    experts = (*weights.BLOCK, "shift")
+    if isinstance(layer.block, Routed):
+        shifts[experts] = jnp.zeros((batch * length, width))
+
+    def moved(x, shifts):
+        shifted = jax.tree.map(lambda leaf: leaf, own)
+        for path, shift in shifts.items():
+            at = shift if path == experts else Shifted(weights.get(own, path), shift)
+            weights.put(shifted, path, at)
+        context = Context(jnp.arange(length, dtype=jnp.int32)[None], None)
+        return run_layer(layer, shifted, x, context, None, eps)[0]
+
+    of_x, of_shifts = jax.vjp(moved, x, shifts)[1](change)
+
+    def sizes(gradient, count):
+        return jnp.linalg.norm(gradient.reshape(batch, length, count, -1), axis=-1)
+
+    found = {r.name: sizes(of_shifts[path], groups(r)) for path, r in roles.items()}
+    if experts in of_shifts:
+        found[".".join(weights.EXPERTS)] = sizes(of_shifts[experts], 1)
+    for role in weights.roles(layer, width):
+        if role.tap == ABSORBED:
+            every = [of_shifts[r.path] for r in roles.values() if r.tap == "mixer_input"]
+            total = jnp.concatenate(every, axis=-1)
+            found[role.name] = jnp.broadcast_to(sizes(total, 1), (batch, length, groups(role)))
+    return of_x, found
