@@ -308,24 +308,16 @@ def _anybcq(w, diagonal, widths, group):
     grouped = w.reshape(-1, group, w.shape[1])
     weight = diagonal.reshape(-1, group)
 
-    def fitted(w, h, planes):  # least squares of the scales [bits, d_out]
-        design = jnp.stack(planes)  # [bits, group, d_out]
-        square = jnp.einsum("pgo,qgo,g->opq", design, design, h)
-        right = jnp.einsum("pgo,go,g->op", design, w, h)
-        ridge = 1e-5 * jnp.eye(len(planes)) * jnp.sum(h)
-        scales = jnp.linalg.solve(square + ridge, right[..., None])[..., 0].T
-        return jnp.einsum("po,pgo->go", scales, design)
-
     def one(group_of):
         w, h = group_of
         planes, found, value = [], [], jnp.zeros_like(w)
         for k in range(1, widths[-1] + 1):
             planes.append(jnp.where(w - value >= 0, 1.0, -1.0))
-            value = fitted(w, h, planes)
+            value = _fitted(w, h, planes)
             if k == widths[0]:  # the narrowest width's planes and scales in turn, then frozen
                 for _ in range(10):
                     planes = _nearest_signs(w, h, planes)
-                    value = fitted(w, h, planes)
+                    value = _fitted(w, h, planes)
             if k in widths:
                 found.append(value)
         return jnp.stack(found)
@@ -334,16 +326,24 @@ def _anybcq(w, diagonal, widths, group):
     return jnp.moveaxis(values, 1, 0).reshape(len(widths), *w.shape)
 
 
-def _nearest_signs(w, h, planes):
-    """For each weight the signs whose sum, under fitted scales, comes closest."""
-    bits = len(planes)
+def _scales(w, h, planes):
+    """Least squares: scales [bits, d_out] of planes [group, d_out] each."""
     design = jnp.stack(planes)
     square = jnp.einsum("pgo,qgo,g->opq", design, design, h)
     right = jnp.einsum("pgo,go,g->op", design, w, h)
-    ridge = 1e-5 * jnp.eye(bits) * jnp.sum(h)
-    scales = jnp.linalg.solve(square + ridge, right[..., None])[..., 0].T  # [bits, d_out]
+    ridge = 1e-5 * jnp.eye(len(planes)) * jnp.sum(h)
+    return jnp.linalg.solve(square + ridge, right[..., None])[..., 0].T
+
+
+def _fitted(w, h, planes):
+    return jnp.einsum("po,pgo->go", _scales(w, h, planes), jnp.stack(planes))
+
+
+def _nearest_signs(w, h, planes):
+    """For each weight the signs whose sum, under fitted scales, comes closest."""
+    bits = len(planes)
     signs = 2.0 * ((np.arange(2**bits)[:, None] >> np.arange(bits)) & 1) - 1  # [codes, bits]
-    levels = jnp.asarray(signs, jnp.float32) @ scales  # [codes, d_out]
+    levels = jnp.asarray(signs, jnp.float32) @ _scales(w, h, planes)  # [codes, d_out]
     best = jnp.argmin(jnp.abs(w[None] - levels[:, None]), axis=0)
     return [jnp.asarray(signs[:, p], jnp.float32)[best] for p in range(bits)]
 

@@ -1,4 +1,4 @@
-"""The demo, whole, at fewer windows; the embedded model is what it is said to be."""
+"""The demo, whole, in fewer windows and rounds; the embedded model is what it is said to be."""
 
 import json
 
@@ -8,6 +8,7 @@ import pytest
 import mcjax
 from mcjax import cli, demo
 from mcjax.checkpoint import read_manifest
+from mcjax.compress import EFFORTS
 from mcjax.hub import Folder
 from mcjax.models.language_model import LanguageModel
 from mcjax.text import encode_file, perplexity, windows
@@ -16,7 +17,9 @@ from mcjax.text import encode_file, perplexity, windows
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "mcjax-demo"
-    demo.demo(out, windows=16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(EFFORTS, "normal", EFFORTS["fast"])
+        demo.demo(out, windows=16)
     return out
 
 
