@@ -1,96 +1,338 @@
-"""Any parameter tree: rules, report, freezing, and the artifact."""
+"""Any network: what its weights multiply, planes in their place, the same function served."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from test_qat import Net, weight
 
 import mcjax
 from mcjax import qat, tree
+from mcjax.checkpoint import ArtifactReader
+from mcjax.tree.kernel import is_kernel
+
+LAYERS = {
+    "dense": (nn.Dense(5), (2, 3, 7)),
+    "general": (nn.DenseGeneral((3, 5), axis=(1, -1)), (2, 4, 3, 6)),
+    "batched": (nn.DenseGeneral(5, batch_dims=(0,)), (3, 4, 6)),
+    "einsum": (nn.Einsum((5, 6, 7), "nac,cde->nade"), (2, 4, 5)),
+    "conv": (nn.Conv(6, (3, 2), strides=(2, 1)), (2, 7, 5, 4)),
+    "groups": (nn.Conv(6, (3,), feature_group_count=2, kernel_dilation=2), (2, 9, 4)),
+    "depthwise": (nn.Conv(8, (3, 3), feature_group_count=4, padding="CIRCULAR"), (2, 5, 5, 4)),
+    "transposed": (nn.ConvTranspose(5, (3, 3), strides=(2, 2)), (2, 4, 4, 3)),
+    "flipped": (nn.ConvTranspose(5, (3, 2), strides=(2, 1), transpose_kernel=True), (2, 4, 4, 3)),
+    "causal": (nn.Conv(4, (3,), padding="CAUSAL"), (2, 6, 3)),
+    "spread": (nn.Conv(4, (3,), padding=((2, 1),), input_dilation=2), (2, 6, 3)),
+    "vmapped": (
+        nn.vmap(
+            nn.Dense,
+            variable_axes={"params": 1},
+            split_rngs={"params": True},
+            in_axes=1,
+            out_axes=1,
+        )(5),
+        (4, 3, 7),
+    ),
+}
 
 
-@pytest.fixture(scope="module")
-def params():
-    class Plain(nn.Module):
-        @nn.compact
+@pytest.mark.parametrize("name", LAYERS)
+def test_gram_matrices_are_the_squared_change_of_the_output(name):
+    """For any change D of the weight: sum |f(W + D) - f(W)|^2 = tr(D' G D)."""
+    layer, shape = LAYERS[name]
+    x = weight(*shape)
+    params = layer.init(jax.random.key(0), x)["params"]
+
+    def function(params, x):
+        return layer.apply({"params": params}, x)
+
+    watched = tree.watch(function, params, [x, 2 * x])["kernel"]
+    kernel, change = params["kernel"], weight(*params["kernel"].shape)
+    matrices = watched.layout.to_matrices(change)
+    np.testing.assert_array_equal(watched.layout.to_weight(matrices), change)
+    moved = function(params | {"kernel": kernel + change}, x) - function(params, x)
+    inputs = jnp.einsum("...de,...eo->...do", watched.gram, matrices)
+    np.testing.assert_allclose(jnp.vdot(matrices, inputs), 5 * jnp.sum(moved**2), rtol=2e-4)
+
+
+class Block(nn.Module):
+    """A layer of an encoder, to be scanned."""
+
+    @nn.compact
+    def __call__(self, x, _=None):
+        h = nn.MultiHeadDotProductAttention(num_heads=4)(nn.LayerNorm()(x))
+        h = nn.remat(nn.Dense)(96)(x + h)
+        return x + nn.Dense(64)(nn.gelu(h)), None
+
+
+class Encoder(nn.Module):
+    """Embedding, scanned layers with their axis in the middle, a head that shares the embedding."""
+
+    @nn.compact
+    def __call__(self, tokens):
+        table = nn.Embed(40, 64)
+        x = table(tokens)
+        stack = nn.scan(Block, variable_axes={"params": 1}, split_rngs={"params": True}, length=3)
+        x, _ = stack()(x, None)
+        return table.attend(nn.LayerNorm()(x))
+
+
+class UNet(nn.Module):
+    """Convolutions down and up again; one of them is called twice."""
+
+    @nn.compact
+    def __call__(self, x):
+        first = nn.relu(nn.Conv(32, (3, 3))(x))
+        twice = nn.Conv(48, (3, 3), strides=(2, 2))
+        x = nn.relu(twice(first)) + nn.relu(twice(2 * first))
+        x = nn.Conv(48, (1, 1), feature_group_count=2)(x)
+        x = nn.ConvTranspose(32, (2, 2), strides=(2, 2), transpose_kernel=True)(x)
+        return nn.Conv(16, (3, 3), kernel_dilation=2)(jnp.concatenate([x, first], axis=-1))
+
+
+class Recurrent(nn.Module):
+    """A recurrent cell whose four kernels are joined, and a mixture of experts under `nn.vmap`."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.RNN(nn.OptimizedLSTMCell(48))(x)
+        experts = nn.vmap(
+            nn.Dense,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=None,
+            out_axes=0,
+            axis_size=3,
+        )
+        share = nn.softmax(nn.Dense(3)(x))
+        y = jnp.einsum("ebtd,bte->btd", experts(40)(x), share)
+        return nn.Dense(8)(y)
+
+
+def linen(module, x):
+    variables = module.init(jax.random.key(0), x)
+    return module.apply, variables
+
+
+def reference(name):
+    """A function, its tree, a batch to watch and one that was not watched."""
+    if name == "encoder":
+        data = [np.random.default_rng(n).integers(0, 40, (4, 10)) for n in range(2)]
+        return *linen(Encoder(), data[0]), data
+    if name == "unet":
+        data = [weight(3, 8, 8, 4), weight(3, 8, 8, 4)]
+        return *linen(UNet(), data[0]), data
+    if name == "recurrent":
+        data = [weight(4, 6, 40), weight(4, 6, 40)]
+        return *linen(Recurrent(), data[0]), data
+
+    class Transformer(nnx.Module):
+        def __init__(self, rngs):
+            self.attention = nnx.MultiHeadAttention(4, 64, decode=False, rngs=rngs)
+            self.norm = nnx.LayerNorm(64, rngs=rngs)
+            self.layers = nnx.List([nnx.Linear(64, 96, rngs=rngs), nnx.Linear(96, 64, rngs=rngs)])
+
         def __call__(self, x):
-            x = nn.relu(nn.Conv(8, (3, 3))(x))
-            return nn.Dense(4)(x.reshape(x.shape[0], -1))
+            x = x + self.attention(self.norm(x))
+            return x + self.layers[1](nnx.gelu(self.layers[0](x)))
 
-    return jax.jit(Plain().init)(jax.random.key(0), weight(2, 4, 4, 3))["params"]
-
-
-def test_quantize_any_tree(params, tmp_path):
-    planes, report = tree.quantize_tree(params)
-    assert [leaf.path for leaf in report.leaves if leaf.bits] == ["Conv_0/kernel", "Dense_0/kernel"]
-    assert report.coverage == pytest.approx(1 - 12 / (12 + 216 + 512))
-    assert "Dense_0/bias (4,): left, no rule matches" in str(report)
-    back = tree.dequantize_tree(planes, params)
-    assert jax.tree.map(jnp.shape, back) == jax.tree.map(jnp.shape, params)
-    error = np.abs(back["Dense_0"]["kernel"] - params["Dense_0"]["kernel"]).mean()
-    coarse = tree.dequantize_tree(tree.slice_tree(planes, 1), params)
-    worse = np.abs(coarse["Dense_0"]["kernel"] - params["Dense_0"]["kernel"]).mean()
-    assert error < 0.2 * worse
-    tree.save(tmp_path / "net", planes, note={"accuracy": 0.9})
-    for bits in (None, 1, 3):
-        read = tree.load(tmp_path / "net", bits)
-        expected = planes if bits is None else tree.slice_tree(planes, bits)
-        jax.tree.map(np.testing.assert_array_equal, read, expected)
+    graph, state = nnx.split(Transformer(nnx.Rngs(0)))
+    data = [weight(4, 6, 64), weight(4, 6, 64)]
+    return lambda state, x: nnx.merge(graph, state)(x), state, data
 
 
-def test_reading_fewer_bits_reads_fewer_bytes(params, tmp_path):
-    from mcjax.checkpoint import ArtifactReader
-
-    planes, _ = tree.quantize_tree(params)
-    tree.save(tmp_path / "net", planes)
-    sizes = []
-    for bits in (1, 4):
-        before = ArtifactReader.read
-        total = []
-
-        def counted(self, requests, before=before, total=total):
-            values = before(self, requests)
-            total.extend(v.nbytes for v in values)
-            return values
-
-        ArtifactReader.read = counted
-        try:
-            read = tree.load(tmp_path / "net", bits)
-        finally:
-            ArtifactReader.read = before
-        assert sum(total) == sum(leaf.nbytes for leaf in jax.tree.leaves(read))
-        sizes.append(sum(total))
-    assert sizes[0] < sizes[1]
+@pytest.fixture(scope="module", params=["encoder", "unet", "recurrent", "nnx"])
+def network(request):
+    function, params, data = reference(request.param)
+    watched = tree.watch(function, params, data[:1])
+    planes, report = tree.shrink(params, watched, [tree.Rule(rotated=request.param == "nnx")])
+    return request.param, function, params, data, watched, planes, report
 
 
-def test_gram_matrices_lower_the_output_error():
-    x = weight(200, 8) @ weight(8, 64) + 0.1 * weight(200, 64)
-    params = {"layer": {"kernel": weight(64, 16)}}
-    gram = {"layer/kernel": x.T @ x}
-
-    def error(planes):
-        kernel = tree.dequantize_tree(tree.slice_tree(planes, 2), params)["layer"]["kernel"]
-        return float(jnp.linalg.norm(x @ (kernel - params["layer"]["kernel"])))
-
-    plain, _ = tree.quantize_tree(params)
-    aware, _ = tree.quantize_tree(params, grams=gram)
-    assert error(aware) < 0.8 * error(plain)
+KERNELS = {"encoder": 6, "unet": 5, "recurrent": 11, "nnx": 6}
 
 
-def test_rules(params):
-    rules = [
-        tree.Rule(pattern="Conv", bits=None),
-        tree.Rule(pattern="kernel", bits=8, widths=(2, 8)),
-    ]
-    planes, report = tree.quantize_tree(params, rules)
-    assert planes["Dense_0"]["kernel"].widths == (2, 8)
-    assert "rule 'Conv'" in str(report)
-    experts, _ = tree.quantize_tree(
-        {"experts": weight(3, 32, 4)}, [tree.Rule(pattern="experts", batch_axes=1)]
+def test_every_leaf_is_accounted_for(network):
+    name, _, params, _, watched, planes, report = network
+    leaves = jax.tree.leaves(params)
+    assert len(report.leaves) == len(leaves) == len(watched)
+    assert [leaf.shape for leaf in report.leaves] == [a.shape for a in leaves]
+    made = [leaf for leaf in report.leaves if leaf.bits]
+    assert len(made) == KERNELS[name]
+    assert sum(map(is_kernel, jax.tree.leaves(planes, is_leaf=is_kernel))) == len(made)
+    for leaf in made:
+        assert np.all(np.diff(leaf.errors) < 0) and leaf.errors[-1] < 0.25
+    assert all(leaf.why for leaf in report.leaves if not leaf.bits)
+    if name == "encoder":
+        stacked = {leaf.path: leaf.matrices for leaf in made}
+        path = "params/ScanBlock_0/MultiHeadDotProductAttention_0/query/kernel"
+        assert stacked[path] == (3, 64, 64)
+        assert "params/Embed_0/embedding (40, 64): left, used by" in str(report)
+
+
+def test_served_is_dequantised(network):
+    """Under transformations too, and with gradients for what goes in."""
+    _, function, params, (_, x), _, planes, _ = network
+    served = tree.serving(function)
+    error = []
+    for bits in (1, 2, 3, 4):
+        at = tree.slice_tree(planes, bits)
+        dense = tree.dequantize_tree(at)
+        assert jax.tree.map(jnp.shape, dense) == jax.tree.map(jnp.shape, params)
+        expected = function(dense, x)
+        got = jax.jit(served)(at, x)
+        np.testing.assert_allclose(got, expected, rtol=2e-4, atol=2e-4)
+        error.append(float(jnp.linalg.norm(expected - function(params, x))))
+    assert error[3] < error[2] < error[1] < error[0]
+    pair = jnp.stack([x, x])
+    np.testing.assert_allclose(
+        jax.vmap(lambda one: served(at, one))(pair)[1], expected, rtol=2e-4, atol=2e-4
     )
-    assert experts["experts"].shape == (3, 32, 4)
+    _, scanned = jax.lax.scan(lambda c, one: (c, served(at, one)), 0, pair)
+    np.testing.assert_allclose(scanned[1], expected, rtol=2e-4, atol=2e-4)
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        mine, theirs = (
+            jax.grad(lambda x, f=f, p=p: jnp.sum(jnp.sin(f(p, x))))(x)
+            for f, p in ((served, at), (function, dense))
+        )
+        np.testing.assert_allclose(mine, theirs, rtol=2e-3, atol=2e-3)
+
+
+def test_products_are_those_of_planes(network):
+    """No product with a weight of a dense layer writes the weight out first."""
+    name, function, _, (_, x), _, planes, _ = network
+    counted = str(jax.make_jaxpr(tree.serving(function, act_bits=8))(planes, x))
+    if name != "unet":
+        assert "population_count" in counted or "int8" in counted
+    assert jax.tree.all(
+        jax.tree.map(
+            lambda a: bool(jnp.isfinite(a).all()),
+            jax.jit(tree.serving(function, act_bits=8))(planes, x),
+        )
+    )
+
+
+def test_scanned_layers_are_those_of_a_loop():
+    """Gram matrices of a scan's layers, of which weights that all share sum theirs."""
+    x, ws, shared = weight(8, 16), weight(3, 16, 16), weight(16, 16)
+
+    def scanned(p, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w @ p["s"]), None), x, p["w"])[0]
+
+    def looped(p, x):
+        for w in p["w"]:
+            x = jnp.tanh(x @ w @ p["s"])
+        return x
+
+    one = tree.watch(scanned, {"s": shared, "w": ws}, [x])
+    other = tree.watch(looped, {"s": shared, "w": list(ws)}, [x])
+    np.testing.assert_allclose(one["s"].gram, other["s"].gram, rtol=1e-4, atol=1e-4)
+    for n in range(3):
+        np.testing.assert_allclose(one["w"].gram[n], other[f"w/{n}"].gram, rtol=1e-4, atol=1e-4)
+    planes, _ = tree.shrink({"s": shared, "w": ws}, one)
+    dense = tree.dequantize_tree(planes)
+    np.testing.assert_allclose(
+        tree.serving(scanned)(planes, x), scanned(dense, x), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_branches_and_loops():
+    """What one branch alone multiplies has zeros from the other; `while` is served, not watched."""
+    params = {name: weight(32, 32) for name in "abc"}
+    x = weight(4, 32)
+
+    def function(p, x):
+        x = jax.lax.cond(x[0, 0] > 0, lambda x: x @ p["a"], lambda x: jnp.tanh(x @ p["b"]), x)
+        return jax.lax.fori_loop(0, 2 + jnp.int32(x[0, 0] > 1e9), lambda _, x: x @ p["c"], x)
+
+    watched = tree.watch(function, params, [x])
+    taken, other = ("a", "b") if x[0, 0] > 0 else ("b", "a")
+    np.testing.assert_allclose(watched[taken].gram, x.T @ x, rtol=1e-4, atol=1e-4)
+    assert not watched[other].gram.any()
+    assert watched["c"].gram is None
+    planes, _ = tree.shrink(params, watched)
+    assert is_kernel(planes["a"])
+    dense = tree.dequantize_tree(planes)
+    got = jax.jit(tree.serving(function))(planes, x)
+    np.testing.assert_allclose(got, function(dense, x), rtol=1e-3, atol=1e-3)
+
+
+def test_inputs_make_better_weights():
+    mixing = weight(8, 64)
+    x, y = (weight(200, 8) @ mixing + 0.1 * weight(200, 64) for _ in range(2))
+    params, function = {"kernel": weight(64, 16)}, lambda p, x: x @ p["kernel"]
+    watched = tree.watch(function, params, [x])
+    blind = {"kernel": watched["kernel"]._replace(gram=None)}
+
+    def error(seen):
+        planes = tree.slice_tree(tree.shrink(params, seen)[0], 2)
+        return float(jnp.linalg.norm(tree.serving(function)(planes, y) - function(params, y)))
+
+    assert error(watched) < 0.8 * error(blind)
+
+
+def test_artifacts(network, tmp_path, monkeypatch):
+    """All widths or one come back, of which fewer bits read fewer bytes."""
+    name, planes = network[0], network[5]
+    if name == "nnx":
+        with pytest.raises(ValueError, match="only nested dicts with string keys"):
+            tree.save(tmp_path / "net", planes)
+        planes = {"kernel": next(filter(is_kernel, jax.tree.leaves(planes, is_leaf=is_kernel)))}
+    tree.save(tmp_path / "net", planes, note={"accuracy": 0.9})
+    read, sizes = ArtifactReader.read, []
+
+    def counted(self, requests):
+        values = read(self, requests)
+        sizes[-1] += sum(value.nbytes for value in values)
+        return values
+
+    monkeypatch.setattr(ArtifactReader, "read", counted)
+    for bits in (1, 4, None):
+        sizes.append(0)
+        back = tree.load(tmp_path / "net", bits)
+        expected = planes if bits is None else tree.slice_tree(planes, bits)
+        jax.tree.map(np.testing.assert_array_equal, back, expected)
+        assert sizes[-1] == sum(leaf.nbytes for leaf in jax.tree.leaves(back))
+    assert sizes == sorted(sizes)
+
+
+def test_rules():
+    params = {"a": weight(64, 32), "b": weight(64, 32), "c": weight(32, 8), "d": weight(8)}
+
+    def function(p, x):
+        return jnp.dot(x @ p["a"] + x @ p["b"], p["c"]) + p["d"]
+
+    watched = tree.watch(function, params, [weight(4, 64)])
+    rules = [
+        tree.Rule(pattern="a", bits=None),
+        tree.Rule(pattern="c", least=1000),
+        tree.Rule(pattern="b|d", bits=8, widths=(2, 8)),
+    ]
+    planes, report = tree.shrink(params, watched, rules)
+    assert planes["b"].planes.widths == (2, 8)
+    why = {leaf.path: leaf.why for leaf in report.leaves}
+    assert why == {
+        "a": "rule 'a'",
+        "b": "",
+        "c": "256 numbers, fewer than 1000",
+        "d": "used by broadcast_in_dim, no product" if "broadcast" in why["d"] else why["d"],
+    }
+    assert report.coverage == pytest.approx(2048 / (2 * 2048 + 256 + 8))
+    assert report.effective_bits < 32
+
+
+@pytest.mark.parametrize("size", [1, 31])
+def test_odd_sizes(size):
+    params = {"w": weight(size, 40), "zero": jnp.zeros((40, 64))}
+
+    def function(p, x):
+        return x @ p["w"] @ p["zero"]
+
+    planes, report = tree.shrink(params, tree.watch(function, params, [weight(8, size)]))
+    np.testing.assert_array_equal(tree.serving(function)(planes, weight(3, size)), 0)
+    assert "bytes as planes" in str(report) if size == 1 else report.coverage == 1
 
 
 def test_frozen_network_equals_the_trained_one(tmp_path):
@@ -110,16 +352,21 @@ def test_frozen_network_equals_the_trained_one(tmp_path):
         serve.init(jax.random.key(0), x)
 
 
-def test_bad_input(params, tmp_path, artifact):
-    kernel = tree.Rule(pattern="kernel")
+def test_bad_input(tmp_path, artifact):
+    params = {"layer": {"kernel": weight(64, 8), "bias": weight(8)}}
+
+    def function(p, x):
+        return x @ p["layer"]["kernel"] + p["layer"]["bias"]
+
+    watched = tree.watch(function, params, [weight(4, 64)])
+    gone = {"layer": params["layer"] | {"kernel": params["layer"]["kernel"].at[0, 0].set(jnp.nan)}}
     for message, call in [
-        ("match no leaf", lambda: tree.quantize_tree(params, [kernel, tree.Rule(pattern="q")])),
-        ("is not a weight", lambda: tree.quantize_tree(params, [tree.Rule(pattern="bias")])),
-        ("no rule quantises", lambda: tree.quantize_tree(params, grams={"x": jnp.eye(3)})),
-        (
-            "Dense_0/kernel: gram",
-            lambda: tree.quantize_tree(params, grams={"Dense_0/kernel": jnp.eye(3)}),
-        ),
+        ("there is no batch", lambda: tree.watch(function, params, [])),
+        ("match no leaf", lambda: tree.shrink(params, watched, [tree.Rule(pattern="q")])),
+        ("is another tree", lambda: tree.shrink({"kernel": weight(3, 3)}, watched)),
+        ("layer/kernel: w holds 1 NaN", lambda: tree.shrink(gone, watched)),
+        ("layer/kernel: bits must be", lambda: tree.shrink(params, watched, [tree.Rule(bits=9)])),
+        ("holds no arrays", lambda: tree.shrink({}, {})),
         ("must not hold dots", lambda: tree.save(tmp_path / "a", {"a.b": jnp.ones(2)})),
         ("exists", lambda: tree.save(tmp_path, params)),
         ("holds a model, not a tree", lambda: tree.load(artifact)),
@@ -127,7 +374,7 @@ def test_bad_input(params, tmp_path, artifact):
         with pytest.raises(ValueError, match=message):
             call()
     assert not (tmp_path / "a").exists()
-    tree.save(tmp_path / "net", tree.quantize_tree(params)[0])
+    tree.save(tmp_path / "net", tree.shrink(params, watched)[0])
     with pytest.raises(ValueError, match="bits 7 is not one of"):
         tree.load(tmp_path / "net", 7)
     with pytest.raises(ValueError, match="holds a tree, not a model"):

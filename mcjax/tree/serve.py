@@ -1,0 +1,117 @@
+"""Functions of trees that hold planes: their products are those of `mcjax.dot`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial, wraps
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mcjax.bitplane import BitPlanes
+from mcjax.ops.dot import dot
+from mcjax.tree.kernel import is_kernel
+from mcjax.tree.program import Visitor, run
+from mcjax.tree.view import Layout, View, arranged, whole
+from mcjax.tree.watch import axes_of, flat, rows_of
+
+
+class Held(NamedTuple):
+    """What stands for a view: planes of the matrices that loops leave, and the whole's layout."""
+
+    planes: BitPlanes
+    layout: Layout
+    dtype: Any
+
+
+class Serve(Visitor):
+    """Multiplies by planes.
+
+    Attributes:
+      act_bits: as in `mcjax.dot`.
+    """
+
+    def __init__(self, act_bits: int | None):
+        super().__init__()
+        self.act_bits = act_bits
+
+    def unfold(self, view: View, length: int):
+        """See `Visitor`."""
+        held, depth = view.held, len(view.loops)
+        if held is None or view.flipped or held.layout.batch[depth : depth + 1] != view.axes[0]:
+            return None
+        layout = held.layout
+        have = (*layout.batch[depth + 1 :], *layout.inside, *layout.outside)
+
+        def one(planes):
+            step = Held(planes, layout, held.dtype)
+            loops = (*view.loops, *view.axes[0])
+
+            def dense():
+                return arranged(planes.dequantize(held.dtype), have, view.axes[1:])
+
+            return replace(view, axes=view.axes[1:], dense=dense, held=step, loops=loops)
+
+        return held.planes, one
+
+    def product(self, view: View, eqn: Any, other: jax.Array, first: bool) -> Any:
+        """See `Visitor`."""
+        if view.held is None or eqn.primitive.name != "dot_general":
+            return None
+        (inside, batch), (of_other, batched) = axes_of(view, eqn, first)
+        layout = view.layout(batch, inside)
+        if layout != view.held.layout:
+            return None
+        rows = rows_of(other, of_other, batched, view, layout)
+        planes = view.held.planes
+        multiply: Any = partial(dot, act_bits=self.act_bits)
+        for _ in range(rows.ndim - 2):
+            multiply = jax.vmap(multiply)
+        y = multiply(rows, planes)
+        theirs = [n for n in range(other.ndim) if n not in (*of_other, *batched)]
+        mine = [n for n in range(len(view.axes)) if n not in (*batch, *inside)]
+        sizes = [other.shape[n] for n in (*batched, *theirs)] + [view.shape[n] for n in mine]
+        y = y.reshape(sizes).astype(eqn.outvars[0].aval.dtype)
+        if first:  # batch, then what is left of the first operand
+            own = range(len(sizes) - len(mine), len(sizes))
+            y = jnp.moveaxis(y, own, range(len(batched), len(batched) + len(mine)))
+        return y
+
+
+def serving(function: Callable[..., Any], act_bits: int | None = None) -> Callable[..., Any]:
+    """The function with planes multiplied as planes.
+
+    Args:
+      function: of a tree of weights and whatever else, any that JAX can trace.
+      act_bits: as in `mcjax.dot`.
+
+    Returns:
+      A function of the same arguments, whose tree may hold `Kernel`s. It composes with every
+      transformation, and is as differentiable in its other arguments and in the arrays of the tree
+      as the function is.
+    """
+
+    @wraps(function)
+    def served(params, *arguments, **options):
+        names, leaves, structure = flat(params, is_leaf=is_kernel)
+        like = [
+            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_kernel(leaf) else leaf
+            for leaf in leaves
+        ]
+
+        def of_leaves(leaves):
+            return function(jax.tree.unflatten(structure, leaves), *arguments, **options)
+
+        program, out = jax.make_jaxpr(of_leaves, return_shape=True)(like)
+        values = [
+            whole(name, leaf.shape, leaf.dequantize, Held(leaf.planes, leaf.layout, leaf.dtype))
+            if is_kernel(leaf)
+            else leaf
+            for name, leaf in zip(names, leaves, strict=True)
+        ]
+        outs = run(program, values, Serve(act_bits))
+        return jax.tree.unflatten(jax.tree.structure(out), outs)
+
+    return served
