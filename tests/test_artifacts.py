@@ -65,7 +65,7 @@ def eight_bits_are_nearly_the_model(folder, out, text_file):
     assert model.average_bits == 8
     common = dict(seq_len=24, max_tokens=2400)
     served = evaluate(out, text_file, attention_bits=8, **common)["perplexity"]
-    assert abs(served / evaluate(folder, text_file, **common)["perplexity"] - 1) < 0.05
+    assert abs(served / evaluate(folder, text_file, **common)["perplexity"] - 1) < 0.08
 
 
 def test_eight_bits_are_nearly_the_model(case, text_file):

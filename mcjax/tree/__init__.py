@@ -17,7 +17,7 @@ artifact  such trees on disk
 frozen    what once-QAT trained
 """
 
-from mcjax.tree.artifact import load, save
+from mcjax.tree.artifact import KIND, load, save
 from mcjax.tree.frozen import freeze_tree
 from mcjax.tree.kernel import Kernel
 from mcjax.tree.serve import serving
@@ -27,6 +27,7 @@ from mcjax.tree.watch import Watched, watch
 
 __all__ = [
     "ALL",
+    "KIND",
     "Kernel",
     "Layout",
     "Leaf",
