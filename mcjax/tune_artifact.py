@@ -43,8 +43,8 @@ STEPS = {1: 24, 2: 80, 3: 56, 4: 32}
 """Of each width, for a model of `WEIGHTS` weights in planes or more; of wider ones the least."""
 
 RATES = {1: 8e-3, 2: 8e-3, 3: 4e-3, 4: 2e-3}
-"""The greatest learning rate of each width, of log2 steps and of offsets: it rises in a twentieth
-of the steps, then falls. Of wider ones the least."""
+"""The greatest learning rate of each width, of log2 steps, see `table_rates`: it rises in a
+twentieth of the steps, then falls. Of wider ones the least."""
 
 WEIGHTS = 1e8
 """A smaller model takes as many times more steps, in about the same time."""
@@ -248,11 +248,12 @@ class State:
         norm = float(np.sqrt(sum(map(float, squares))))
         scale = min(1.0, CLIP / max(norm, 1e-30))
         for i, of_layer in enumerate(gradients):
-            for key, gradient in of_layer.items():
-                own = rate * FACTOR_RATE if key[0] in self.layers[i].corrected else rate
-                self.tables[i][key], self.moments[i][key] = _step(
-                    self.tables[i][key], self.moments[i][key], gradient, scale, own
-                )
+            for (path, k), gradient in of_layer.items():
+                factor = path in self.layers[i].corrected
+                rates = rate * FACTOR_RATE if factor else table_rates(rate, k)
+                table, moments = self.tables[i][path, k], self.moments[i][path, k]
+                made = _step(table, moments, gradient, scale, rates)
+                self.tables[i][path, k], self.moments[i][path, k] = made
 
     def end(self) -> None:
         """Has later settings leave what this one trained."""
@@ -309,11 +310,21 @@ class State:
 _ADAM = optax.scale_by_adam(b2=0.99)
 
 
+def table_rates(rate: float, width: int) -> dict[str, float]:
+    """The learning rates of a table, by which steps and offsets move a weight about as far.
+
+    An octave of a step is ln 2 of a weight; an offset of 1 is a half span, of so many deviations of
+    a Gaussian weight.
+    """
+    half_span = tables_lib.GAUSSIAN_STEP[width] * (2**width - 1) / 2
+    return {"steps": rate, "offset": rate * math.log(2) / half_span}
+
+
 @jax.jit
-def _step(table: Any, moments: Any, gradient: Any, scale, rate):
+def _step(table: Any, moments: Any, gradient: Any, scale, rates):
     gradient = jax.tree.map(lambda g: g * scale, gradient)
     change, moments = _ADAM.update(gradient, moments, table)
-    return jax.tree.map(lambda value, d: value - rate * d, table, change), moments
+    return jax.tree.map(lambda value, d, rate: value - rate * d, table, change, rates), moments
 
 
 @jax.jit

@@ -12,7 +12,7 @@ import pytest
 from conftest import CONFIG
 
 import mcjax
-from mcjax import checkpoint, compress, text, tune, tune_artifact
+from mcjax import checkpoint, compress, tables, text, tune, tune_artifact
 from mcjax.bitplane import BitPlanes
 from mcjax.hub import Folder
 from mcjax.models.families import describe
@@ -126,6 +126,21 @@ def test_settings_begin_wide_and_all_else_takes_turns():
         (2, (4, 2)),
         (1, (4,)),
     ]
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 4])
+def test_steps_and_offsets_move_a_weight_as_far(width):
+    w = np.random.default_rng(0).normal(size=(512, 16)).astype(np.float32)
+    planes = mcjax.quantize(w, 4, 128).slice(width)
+    table = tables.to_parameters(planes.tables[0], width)
+
+    def size(name):
+        other = table | {name: table[name] + tune_artifact.table_rates(0.5, width)[name]}
+        change = planes.values(*tables.decode_parameters(other, width)) - values
+        return float(np.sqrt(np.mean(change**2)))
+
+    values = planes.values(*tables.decode_parameters(table, width))
+    assert 0.6 < size("offset") / size("steps") < 1.4
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])
