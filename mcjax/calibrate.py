@@ -101,7 +101,7 @@ def observe(
     if not isinstance(spec.block, Routed):
         rows = taps["block_input"].reshape(-1, width)
         every = jnp.zeros((len(rows), 1), jnp.int32)
-        return y, grams, Seen(rows, every, jnp.ones((len(rows), 1)), share(DOWN)[:, 0])
+        return y, grams, Seen(rows, every, jnp.ones((len(rows), 1)), share(DOWN).mean(axis=1))
     grams[EXPERTS] = gram("expert_input", EXPERTS)
     rows, experts, weights = taps["expert_input"], taps["experts"], taps["weights"]
     matter = share(EXPERTS)[:, 0]
@@ -110,6 +110,15 @@ def observe(
         matter = jnp.repeat(matter, experts.shape[1])
         experts, weights = experts.reshape(-1, 1), jnp.ones((len(rows), 1))
     return y, grams, Seen(rows, experts, weights, matter)
+
+
+def sampled(seen: Seen, count: int) -> Seen:
+    """Some of the tokens of a batch, at least one.
+
+    They are drawn: every so many would be the first of every window, which are like no others.
+    """
+    drawn = np.random.default_rng(0).permutation(len(seen.x))[: max(1, count)]
+    return Seen(*(np.asarray(a)[np.sort(drawn)] for a in seen))
 
 
 def use(experts: int, batches: Sequence[Seen]) -> tuple[np.ndarray, np.ndarray]:
@@ -181,7 +190,7 @@ def _floor_grams(
 ):
     def of_expert(own):
         _, hidden = one_expert(activation, own, x)
-        return layer, share * (hidden.T @ hidden)
+        return layer, (hidden * share[:, None]).T @ hidden
 
     return lax.map(of_expert, weights)
 
@@ -216,10 +225,11 @@ def expert_grams(
     experts, width, hidden = weights["gate"].shape
     if floor and layer is not None:
         tokens = sum(len(seen.x) for seen in batches)
-        each = max(1, FLOOR_TOKENS // len(batches))
-        some = [seen.x[:: max(1, len(seen.x) // each)][:each] for seen in batches]
-        x = jnp.concatenate([jnp.asarray(part) for part in some])
-        grams = _floor_grams(activation, weights, x, floor * layer, floor * tokens / len(x))
+        some = [sampled(seen, FLOOR_TOKENS // len(batches)) for seen in batches]
+        x = jnp.concatenate([s.x for s in some])
+        matter = jnp.concatenate([s.importance for s in some])
+        share = floor * tokens / len(x) * matter
+        grams = _floor_grams(activation, weights, x, floor * layer, share)
     else:
         grams = jnp.zeros((experts, width, width)), jnp.zeros((experts, hidden, hidden))
     for seen in batches:

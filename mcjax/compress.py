@@ -26,6 +26,7 @@ from mcjax.calibrate import (
     expert_grams,
     observe,
     pruning_statistics,
+    sampled,
     use,
 )
 from mcjax.hub import Folder, local, read_json
@@ -161,6 +162,7 @@ def compress(
         "group_size": group_size,
         "rotated": True,
         "effort": effort,
+        "importance": importance.MEASURE,
         "attention_widths": list(ATTENTION_WIDTHS),
         "calibration": {
             "file": Path(calibration).name,
@@ -484,8 +486,7 @@ def _by_blocks(layer: Layer, dense: Any, seen, make):
     step = max(1, min(count, GRAM_BYTES // (4 * sum(n * n for n in features))))
     tokens, chosen = sum(len(s.x) for s in seen), seen[0].experts.shape[1]
     share = ERROR_ROWS * count / (chosen * tokens)
-    every = max(1, int(1 / share))
-    some_seen = [jax.tree.map(lambda a: a[::every], s) for s in seen]
+    some_seen = [sampled(s, round(share * len(s.x))) for s in seen]
     parts, errors = [], []
     for first in range(0, count, step):
         some = slice(first, first + step)

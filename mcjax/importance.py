@@ -7,8 +7,8 @@ token by token, by its *importance*
 
     |g_t|    over the product's output features, a group of these at a time, its mean made 1
 
-In a language model a few tokens matter a hundred times as much as others: the first of a window,
-to which all attend, does so in `k`, `v` and `down`. GuidedQuant (arXiv 2505.07004) weighs by the
+In a language model a few tokens matter far more than others: the first of a window, to which all
+attend, does in `k`, `v` and `down`. GuidedQuant (arXiv 2505.07004) weighs by the
 square of this; its square root rests on more tokens, and measures better (ours).
 
 One pass forward keeps each layer's inputs on disk in bfloat16, one pass back reads them again. A
@@ -40,6 +40,9 @@ from mcjax.vocabulary import head_of, log_probabilities
 
 GROUPS = 4
 """Groups of a product's output features that have an importance of their own, at most."""
+
+MEASURE = "gradient size"
+"""What an artifact's manifest calls it."""
 
 KEPT = "importance.npz"
 """Where what was measured is kept until all layers are done."""

@@ -57,8 +57,8 @@ class Visitor:
         """
         raise NotImplementedError
 
-    def otherwise(self, view: View, eqn: Any) -> None:
-        """Told of a weight that is used in another way."""
+    def otherwise(self, view: View, use: str) -> None:
+        """Told of a weight that is used in another way, by the name of a primitive."""
 
     def inside(self) -> Visitor:
         """For the body of a loop or a branch, which finds things of its own."""
@@ -84,7 +84,8 @@ class Visitor:
 
 def run(program: ClosedJaxpr, arguments: Sequence[Any], visitor: Visitor) -> list[jax.Array]:
     """Evaluates a program whose arguments are arrays and views."""
-    return [array(out) for out in _run(program.jaxpr, program.consts, arguments, visitor)]
+    outs = _run(program.jaxpr, program.consts, arguments, visitor)
+    return _arrays(outs, "output", visitor)
 
 
 def array(value: Any) -> Any:
@@ -92,6 +93,15 @@ def array(value: Any) -> Any:
     if isinstance(value, Joined):
         return jnp.concatenate([view.dense() for view in value.views], axis=value.axis)
     return value.dense() if isinstance(value, View) else value
+
+
+def _arrays(values: Sequence[Any], use: str, visitor: Visitor) -> list[Any]:
+    """Views as arrays, of which the visitor is told."""
+    for value in values:
+        for view in value.views if isinstance(value, Joined) else (value,):
+            if isinstance(view, View):
+                visitor.otherwise(view, use)
+    return list(map(array, values))
 
 
 def _run(jaxpr: Jaxpr, consts, arguments, visitor: Visitor) -> list[Any]:
@@ -109,10 +119,7 @@ def _run(jaxpr: Jaxpr, consts, arguments, visitor: Visitor) -> list[Any]:
         rule = rules.get(eqn.primitive.name) if views else None
         outs = None if rule is None else rule(eqn, values, visitor)
         if outs is None:
-            for view in views:
-                for one in view.views if isinstance(view, Joined) else (view,):
-                    visitor.otherwise(one, eqn)
-            outs = _as_it_is(eqn, list(map(array, values)))
+            outs = _as_it_is(eqn, _arrays(values, eqn.primitive.name, visitor))
         held.update(zip(eqn.outvars, outs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
@@ -132,7 +139,12 @@ def _as_it_is(eqn, values) -> list[Any]:
 def _cast(eqn, values, visitor):
     (view,) = values
     dtype = eqn.params["new_dtype"]
-    return [view.then(view.axes, lambda w: w.astype(dtype))]
+    if isinstance(view, Joined):
+        each = [_cast(eqn, [one], visitor) for one in view.views]
+        return None if None in each else [view._replace(views=tuple(one for (one,) in each))]
+    if not all(jnp.issubdtype(kind, jnp.floating) for kind in (view.dtype, dtype)):
+        return None
+    return [view.then(view.axes, lambda w: w.astype(dtype), dtype=dtype)]
 
 
 def _copied(eqn, values, visitor):
@@ -259,7 +271,7 @@ def _scanned(eqn, values, visitor):
         ):
             unfolded = visitor.unfold(value, given["length"])
         if unfolded is None:
-            unfolded = array(value), lambda one: one
+            unfolded = _arrays([value], "scan", visitor)[0], lambda one: one
         over.append(unfolded[0])
         rebuild.append(unfolded[1])
 
@@ -267,11 +279,12 @@ def _scanned(eqn, values, visitor):
         inner = visitor.inside()
         own = [make(one) for make, one in zip(rebuild, over, strict=True)]
         outs = _run(program.jaxpr, program.consts, [*consts, *carry, *own], inner)
-        outs = list(map(array, outs))
+        outs = _arrays(outs, "scan", inner)
         return outs[: len(carry)], (outs[len(carry) :], inner.found)
 
     options = {key: given[key] for key in ("length", "reverse", "unroll")}
-    carry, (outs, found) = lax.scan(body, list(map(array, carry)), over, **options)
+    start = _arrays(carry, "scan", visitor)
+    carry, (outs, found) = lax.scan(body, start, over, **options)
     looped = {v.name for v in runs if isinstance(v, View)}
     visitor.add({name: v if name in looped else _summed(v) for name, v in found.items()})
     return [*carry, *outs]
@@ -291,7 +304,7 @@ def _branched(eqn, values, visitor):
         for n, value in zip(mine, arrays, strict=True):
             given[n] = value
         inner = visitor.inside()
-        outs = list(map(array, _run(program.jaxpr, program.consts, given, inner)))
+        outs = _arrays(_run(program.jaxpr, program.consts, given, inner), "cond", inner)
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like)
         return outs, zeros | inner.found
 
@@ -301,7 +314,8 @@ def _branched(eqn, values, visitor):
     ]
     like = {name: value for shape in shapes for name, value in shape.items()}
     branches = [partial(branch, program, like) for program in eqn.params["branches"]]
-    outs, found = lax.switch(array(index), branches, *arrays)
+    (index,) = _arrays([index], "cond", visitor)
+    outs, found = lax.switch(index, branches, *arrays)
     visitor.add(found)
     return outs
 
@@ -310,17 +324,17 @@ def _repeated(eqn, values, visitor):
     given = eqn.params
     of_test, of_body = given["cond_nconsts"], given["body_nconsts"]
     test_consts, body_consts = values[:of_test], values[of_test : of_test + of_body]
-    carry = list(map(array, values[of_test + of_body :]))
+    carry = _arrays(values[of_test + of_body :], "while", visitor)
 
     def test(carry):
         program = given["cond_jaxpr"]
         (go,) = _run(program.jaxpr, program.consts, [*test_consts, *carry], visitor.lost())
-        return array(go)
+        return _arrays([go], "while", visitor)[0]
 
     def body(carry):
         program = given["body_jaxpr"]
         outs = _run(program.jaxpr, program.consts, [*body_consts, *carry], visitor.lost())
-        return list(map(array, outs))
+        return _arrays(outs, "while", visitor)
 
     return lax.while_loop(test, body, carry)
 
@@ -328,7 +342,6 @@ def _repeated(eqn, values, visitor):
 _RULES: dict[str, Callable] = {
     "convert_element_type": _cast,
     "copy": _copied,
-    "copy_p": _copied,
     "name": _copied,
     "transpose": _transposed,
     "reshape": _reshaped,
@@ -345,5 +358,5 @@ _RULES: dict[str, Callable] = {
     **dict.fromkeys(REMAT, _kept_little),
 }
 
-_OF_JOINED = {name: _RULES[name] for name in ("dot_general", *INLINE)}
+_OF_JOINED = {name: _RULES[name] for name in ("dot_general", "convert_element_type", *INLINE)}
 """What joined weights go through; scans and the like get them as arrays."""

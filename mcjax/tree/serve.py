@@ -23,7 +23,6 @@ class Held(NamedTuple):
 
     planes: BitPlanes
     layout: Layout
-    dtype: Any
 
 
 class Serve(Visitor):
@@ -46,11 +45,11 @@ class Serve(Visitor):
         have = (*layout.batch[depth + 1 :], *layout.inside, *layout.outside)
 
         def one(planes):
-            step = Held(planes, layout, held.dtype)
+            step = Held(planes, layout)
             loops = (*view.loops, *view.axes[0])
 
             def dense():
-                return arranged(planes.dequantize(held.dtype), have, view.axes[1:])
+                return arranged(planes.dequantize(view.dtype), have, view.axes[1:])
 
             return replace(view, axes=view.axes[1:], dense=dense, held=step, loops=loops)
 
@@ -58,13 +57,15 @@ class Serve(Visitor):
 
     def product(self, view: View, eqn: Any, other: jax.Array, first: bool) -> Any:
         """See `Visitor`."""
-        if view.held is None or eqn.primitive.name != "dot_general":
+        if view.held is None or view.flipped or eqn.primitive.name != "dot_general":
             return None
         (inside, batch), (of_other, batched) = axes_of(view, eqn, first)
         layout = view.layout(batch, inside)
         if layout != view.held.layout:
             return None
         rows = rows_of(other, of_other, batched, view, layout)
+        out = eqn.outvars[0].aval.dtype
+        rows = rows.astype(jnp.promote_types(rows.dtype, out))  # in which sums are kept
         planes = view.held.planes
         multiply: Any = partial(dot, act_bits=self.act_bits)
         for _ in range(rows.ndim - 2):
@@ -73,7 +74,7 @@ class Serve(Visitor):
         theirs = [n for n in range(other.ndim) if n not in (*of_other, *batched)]
         mine = [n for n in range(len(view.axes)) if n not in (*batch, *inside)]
         sizes = [other.shape[n] for n in (*batched, *theirs)] + [view.shape[n] for n in mine]
-        y = y.reshape(sizes).astype(eqn.outvars[0].aval.dtype)
+        y = y.reshape(sizes).astype(out)
         if first:  # batch, then what is left of the first operand
             own = range(len(sizes) - len(mine), len(sizes))
             y = jnp.moveaxis(y, own, range(len(batched), len(batched) + len(mine)))
@@ -90,7 +91,8 @@ def serving(function: Callable[..., Any], act_bits: int | None = None) -> Callab
     Returns:
       A function of the same arguments, whose tree may hold `Kernel`s. It composes with every
       transformation, and is as differentiable in its other arguments and in the arrays of the tree
-      as the function is.
+      as the function is, but for derivatives of the function's own (`jax.custom_vjp`) of parts that
+      a weight goes into.
     """
 
     @wraps(function)
@@ -106,7 +108,7 @@ def serving(function: Callable[..., Any], act_bits: int | None = None) -> Callab
 
         program, out = jax.make_jaxpr(of_leaves, return_shape=True)(like)
         values = [
-            whole(name, leaf.shape, leaf.dequantize, Held(leaf.planes, leaf.layout, leaf.dtype))
+            whole(name, leaf, leaf.dequantize, Held(leaf.planes, leaf.layout))
             if is_kernel(leaf)
             else leaf
             for name, leaf in zip(names, leaves, strict=True)

@@ -135,7 +135,7 @@ def shrink(
         rule = None if number is None else rules[number]
         result = _one(name, jnp.asarray(leaf), watched[name], rule)
         if isinstance(result, str):
-            bits = 8 * np.dtype(leaf.dtype).itemsize
+            bits = 8 * jnp.asarray(leaf).nbytes / max(1, leaf.size)
             report.append(Leaf(name, tuple(leaf.shape), None, None, bits, why=result))
             made.append(leaf)
             continue
@@ -146,7 +146,7 @@ def shrink(
         made.append(kernel)
     if idle:
         raise ValueError(
-            f"rules {[rules[n].pattern for n in sorted(idle)]} match no leaf; there are "
+            f"rules {[rules[n].pattern for n in sorted(idle)]} decide no leaf; there are "
             f"{', '.join(names[:4])}, ..."
         )
     return jax.tree.unflatten(structure, made), Report(tuple(report))
@@ -162,6 +162,8 @@ def _one(name: str, leaf: jax.Array, seen: Watched, rule: Rule | None):
         return f"used by {', '.join(seen.uses)}, no product" if seen.uses else "not used"
     if seen.uses:
         return f"used by {', '.join(seen.uses)} too, not only by products"
+    if not leaf.size:
+        return "it is empty"
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         return f"its type is {leaf.dtype}"
     if leaf.size < rule.least:
@@ -185,9 +187,12 @@ def _one(name: str, leaf: jax.Array, seen: Watched, rule: Rule | None):
 
 
 def _errors(matrices, planes, gram) -> tuple[float, ...]:
+    matrices = matrices.astype(jnp.float32)
+    blind = gram is None or not gram.any()
+
     def size(change):
-        inputs = change if gram is None else jnp.einsum("...de,...eo->...do", gram, change)
-        return jnp.sum(change * inputs)
+        inputs = change if blind else jnp.einsum("...de,...eo->...do", gram, change)
+        return jnp.maximum(jnp.sum(change * inputs), 0)
 
     each = [size(matrices - planes.at_width(k).dequantize()) for k in planes.widths]
     return tuple(float(jnp.sqrt(e / jnp.maximum(size(matrices), 1e-30))) for e in each)

@@ -123,6 +123,7 @@ class View:
       name: of the weight.
       whole: the weight's own shape.
       axes: the atoms of each axis of the view.
+      dtype: of the view.
       dense: gives the view as an array.
       held: what products may use instead, of the part that loops leave.
       loops: atoms that loops around run over, from the outermost.
@@ -132,6 +133,7 @@ class View:
     name: str
     whole: tuple[int, ...]
     axes: tuple[Atoms, ...]
+    dtype: Any
     dense: Callable[[], jax.Array]
     held: Any = None
     loops: Atoms = ()
@@ -162,13 +164,18 @@ class View:
         )
 
     def reshaped(self, shape: Sequence[int]) -> View | None:
-        """The view of another shape; None if an axis would be parts of several that lie apart."""
+        """The view of another shape; None if an axis would be parts of several."""
+        if 0 in self.shape:
+            return None
         left = [atom for atoms in self.axes for atom in atoms]
         axes = []
         for size in shape:
             own: list[Atom] = []
             while count(own) < size:
-                atom, rest = left.pop(0), size // count(own)
+                rest, over = divmod(size, count(own))
+                if over or not left:
+                    return None
+                atom = left.pop(0)
                 if atom.size > rest:
                     if atom.size % rest or atom in self.flipped:
                         return None
@@ -182,9 +189,8 @@ class View:
         return self.then(axes, lambda w: jnp.reshape(w, shape))
 
 
-def whole(
-    name: str, shape: Sequence[int], dense: Callable[[], jax.Array], held: Any = None
-) -> View:
-    """The view that a program begins with."""
+def whole(name: str, like: Any, dense: Callable[[], jax.Array], held: Any = None) -> View:
+    """The view that a program begins with, of a weight of some shape and dtype."""
+    shape = tuple(like.shape)
     axes = tuple((atom,) for atom in _lying(shape))
-    return View(name=name, whole=tuple(shape), axes=axes, dense=dense, held=held)
+    return View(name=name, whole=shape, axes=axes, dtype=like.dtype, dense=dense, held=held)

@@ -66,9 +66,9 @@ class Watch(Visitor):
         """See `Visitor`."""
         return Watch(self.seen, self.uses)
 
-    def otherwise(self, view: View, eqn: Any) -> None:
+    def otherwise(self, view: View, use: str) -> None:
         """See `Visitor`."""
-        self.uses.setdefault(view.name, set()).add(eqn.primitive.name)
+        self.uses.setdefault(view.name, set()).add(use)
 
     def unfold(self, view: View, length: int):
         """See `Visitor`."""
@@ -84,16 +84,18 @@ class Watch(Visitor):
     def product(self, view: View, eqn: Any, other: jax.Array, first: bool) -> None:
         """See `Visitor`."""
         if eqn.primitive.name == "dot_general":
+            if view.flipped or jnp.iscomplexobj(other):
+                return self.otherwise(view, "a flipped or complex product")
             (inside, batch), (contracted, batched) = axes_of(view, eqn, first)
             layout = view.layout(batch, inside)
             rows = rows_of(other, contracted, batched, view, layout)
         else:
             found = patches(view, eqn, other)
             if found is None:
-                return self.otherwise(view, eqn)
+                return self.otherwise(view, eqn.primitive.name)
             layout, rows = found
         if self.seen.setdefault(view.name, layout) != layout:
-            return self.otherwise(view, eqn)
+            return self.otherwise(view, "products of another layout")
         rows = rows.astype(jnp.float32)
         gram = jnp.einsum("...nd,...ne->...de", rows, rows, precision="highest")
         return self.add({view.name: gram})
@@ -111,7 +113,8 @@ def patches(view: View, eqn: Any, x: jax.Array) -> tuple[Layout, jax.Array] | No
     flipped = [n for n, axis in enumerate(spatial) if view.flipped & set(view.axes[axis])]
     shape[out : out + 1] = [groups, shape[out] // groups]
     apart = view.reshaped(shape)
-    if apart is None:
+    turned = {atom for n in spatial for atom in view.axes[n]}
+    if apart is None or view.flipped - turned:
         return None
     channel, *spatial = (n + (n > out) for n in (channel, *spatial))
     layout = apart.layout([out] if groups > 1 else [], [channel, *spatial])
@@ -163,20 +166,20 @@ def watch(
             lambda leaves, batch: function(jax.tree.unflatten(structure, leaves), batch)
         )(leaves, batch)
         views = [
-            whole(name, leaf.shape, partial(jnp.asarray, leaf))
+            whole(name, leaf, partial(jnp.asarray, leaf))
             for name, leaf in zip(names, leaves, strict=True)
         ]
         run(program, [*views, *jax.tree.leaves(batch)], visitor)
         return visitor.found
 
-    total: dict[str, Any] | None = None
+    total, count = Visitor(), 0
     for batch in progress(batches, description="watching"):
-        found = of_batch(leaves, batch)
-        total = found if total is None else jax.tree.map(jnp.add, total, found)
-    if total is None:
+        total.add(of_batch(leaves, batch))
+        count += 1
+    if not count:
         raise ValueError("there is no batch to watch the function on")
     return {
-        name: Watched(seen.get(name), total.get(name), tuple(sorted(uses.get(name, ()))))
+        name: Watched(seen.get(name), total.found.get(name), tuple(sorted(uses.get(name, ()))))
         for name in names
     }
 
