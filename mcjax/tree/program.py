@@ -55,7 +55,7 @@ class Visitor:
           other: what it meets.
           first: whether the weight is the first operand.
         """
-        raise NotImplementedError
+        return None
 
     def otherwise(self, view: View, use: str) -> None:
         """Told of a weight that is used in another way, by the name of a primitive."""
