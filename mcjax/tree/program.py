@@ -74,7 +74,7 @@ class Visitor:
             mine = self.found.get(name)
             self.found[name] = value if mine is None else jax.tree.map(jnp.add, mine, value)
 
-    def unfold(self, view: View, length: int) -> tuple[Any, Callable[[Any], View]] | None:
+    def unfold(self, view: View) -> tuple[Any, Callable[[Any], View]] | None:
         """What a loop over the view's first axis runs over, and the view of one step of it.
 
         None to have it run over the array.
@@ -269,7 +269,7 @@ def _scanned(eqn, values, visitor):
             and len(value.axes[0]) == 1
             and not (value.flipped & set(value.axes[0]))
         ):
-            unfolded = visitor.unfold(value, given["length"])
+            unfolded = visitor.unfold(value)
         if unfolded is None:
             unfolded = _arrays([value], "scan", visitor)[0], lambda one: one
         over.append(unfolded[0])

@@ -36,7 +36,7 @@ class Serve(Visitor):
         super().__init__()
         self.act_bits = act_bits
 
-    def unfold(self, view: View, length: int):
+    def unfold(self, view: View):
         """See `Visitor`."""
         held, depth = view.held, len(view.loops)
         if held is None or view.flipped or held.layout.batch[depth : depth + 1] != view.axes[0]:

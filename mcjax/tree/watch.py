@@ -70,11 +70,9 @@ class Watch(Visitor):
         """See `Visitor`."""
         self.uses.setdefault(view.name, set()).add(use)
 
-    def unfold(self, view: View, length: int):
+    def unfold(self, view: View):
         """See `Visitor`."""
         atoms = view.axes[0]
-        if len(atoms) != 1 or atoms[0] in view.flipped:
-            return None
 
         def one(step):
             return view.then(view.axes[1:], lambda _: step, loops=(*view.loops, *atoms))
