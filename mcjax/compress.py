@@ -19,27 +19,17 @@ import numpy as np
 from mcjax import checkpoint, importance, probe, text
 from mcjax.atomic import whole
 from mcjax.bitplane import BitPlanes, resolve_group_size
-from mcjax.calibrate import (
-    EXPERTS,
-    Seen,
-    expert_errors,
-    expert_grams,
-    observe,
-    pruning_statistics,
-    sampled,
-    use,
-)
+from mcjax.calibrate import Seen, observe
 from mcjax.hub import Folder, local, read_json
 from mcjax.models import weights
-from mcjax.models.decoder import Decoder, Layer, Routed
+from mcjax.models.decoder import Decoder
 from mcjax.models.families import describe
 from mcjax.models.language_model import embed
 from mcjax.notes import note
-from mcjax.quantize import quantize
+from mcjax.quantize_layer import ATTENTION_WIDTHS, Options, quantize_layer
 from mcjax.serving import ATTENTION_BITS
 from mcjax.tune_artifact import Setting, outputs, settings, tune_artifact, windows_wanted
 
-ATTENTION_WIDTHS = (2, 3, 4, 8)
 TRAVELS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -64,16 +54,6 @@ TUNING = "tuning.npz"
 
 UNTUNED = "untuned"
 """Where layers are from which tuning began, once those that it wrote have taken their place."""
-
-GRAM_BYTES = 1 << 29
-"""What the Gram matrices of experts may take at once: they are made and used by blocks of experts.
-One expert's are made whatever they take."""
-
-EXPERT_WEIGHTS = ("gate", "up", "down")
-
-ERROR_ROWS = 512
-"""Calibration tokens by which an expert's errors are measured, on average: each is computed at
-every width."""
 
 
 def compress(
@@ -257,10 +237,16 @@ def _run(folder, windows, lessons, directory, identity, given, batch_tokens, pro
     x = np.array(embed(decoder, outside, tokens, jnp.float32))
     del outside
     places, probed = weights.budgeted_layers(decoder), probe.begin(windows.shape[1])
+    how = Options(
+        identity["max_bits"],
+        identity["group_size"],
+        identity["rotated"],
+        EFFORTS[identity["effort"]],
+    )
     records = []
     for i in progress(range(len(decoder.layers)), description="layers"):
         given_here = given[places.index(i)] if given is not None and i in places else None
-        options = len(windows), batch, directory, identity, given_here
+        options = len(windows), batch, directory, how, given_here
         x, probed = _one_layer(folder, i, x, matter[i], probed, *options)
         records.append(read_json(directory / f"layer_{i}.json"))
     followed = slice(probed.windows), slice(probed.length)
@@ -321,7 +307,7 @@ def _one_layer(
     watched: int,
     batch: int,
     directory: Path,
-    identity,
+    how: Options,
     given,
 ):
     """Saves a layer unless it is there; its output for all windows and for what is probed."""
@@ -339,7 +325,7 @@ def _one_layer(
         new = probe.restore(beginnings)
         return y, probed._replace(place=place, states=[*states, *(new[tap] for tap in taps)])
     shutil.rmtree(directory / "layers" / str(i), ignore_errors=True)
-    record, planes = _quantize_layer(decoder, i, own, grams, seen, identity, given)
+    record, planes = quantize_layer(decoder, decoder.layers[i], own, grams, seen, how, given)
     new = probe.start(taps, own, planes, x[: probed.windows, : probed.length], run)
     probe.save(beginnings, new)
     del own
@@ -387,116 +373,6 @@ def _observe(decoder: Decoder, i: int, own: Any, x: np.ndarray, matter, watched:
         some = slice(start, start + batch)
         y[some] = outputs(layer, eps, own, x[some])
     return y, grams, batches
-
-
-def _quantize_layer(decoder: Decoder, i: int, own: Any, grams, seen, identity, experts):
-    """Quantises and measures one layer: what the manifest needs, and planes by path."""
-    layer = decoder.layers[i]
-    effort = {name: identity[name] for name in ("group_size", "rotated")}
-    effort |= {"sweeps": EFFORTS[identity["effort"]]}
-    shared_out = weights.budgeted(decoder, layer)
-    paths = {role.path for role in shared_out}
-    planes: dict[tuple[str, ...], Any] = {}
-    parts: dict[str, Any] = {}
-    for tap, roles in weights.by_tap(layer, decoder.width).items():
-        if roles[0].path in paths:
-            continue
-        squared: Any = 0
-        for role in roles:
-            w, gram = weights.get(own, role.path), grams[role.name]
-            made = _quantize_groups(w, ATTENTION_WIDTHS[-1], gram, effort, ATTENTION_WIDTHS)
-            squared = squared + probe.squared_changes(w, made, gram, ATTENTION_WIDTHS)
-            planes[role.path] = made
-        parts[tap] = _part(ATTENTION_WIDTHS, squared)
-    if not shared_out:
-        return {"parts": parts}, planes
-    path, bits = shared_out[0].path[:-1], identity["max_bits"]
-    dense = weights.get(own, path)
-    dense = {n: w for n, w in dense.items() if n.split("_")[0] in EXPERT_WEIGHTS}
-    routed = isinstance(layer.block, Routed)
-    if not routed:  # the one expert of its layer
-        if experts is None:
-            experts = {
-                role.path[-1]: _quantize_groups(
-                    weights.get(own, role.path), bits, grams[role.name], effort
-                )
-                for role in shared_out
-            }
-        dense, experts = jax.tree.map(lambda w: w[None], (dense, experts))
-
-    def make(some, mine):
-        if experts is not None:
-            return jax.tree.map(lambda a: a[some], experts)
-        activation, every = layer.block.activation, grams[EXPERTS][0]
-        into, hidden = expert_grams(activation, mine, seen, some.start, every)
-        raising = {name: mine[name] for name in ("gate", "up")}
-        made = _quantize_alike(raising, bits, into, effort)
-        return made | {"down": quantize(mine["down"], bits, gram=hidden, **effort)}
-
-    made, squared = _by_blocks(layer, dense, seen, make)
-    for n, tap in enumerate(dict.fromkeys(str(role.tap) for role in shared_out)):
-        parts[tap] = _part(made["gate"].widths, squared[:, n])
-    error = np.sqrt(squared.sum(axis=1))
-    planes |= {
-        (*path, name): p if routed else jax.tree.map(lambda a: a[0], p) for name, p in made.items()
-    }
-    frequency, weight = use(len(squared), seen)
-    record = {"frequency": frequency, "routing_weight": weight, "error": error}
-    if isinstance(layer.block, Routed):
-        pruning = pruning_statistics(layer.block, dense, seen)
-        record |= {"ratio": pruning.ratio, "slope": pruning.slope}
-        planes[checkpoint.INTERCEPT] = pruning.intercept.astype(ml_dtypes.bfloat16)
-    record = {name: value.tolist() for name, value in record.items()}
-    return {**record, "parts": parts}, planes
-
-
-def _part(widths: tuple[int, ...], squared) -> dict[str, Any]:
-    """What a layer's record says of a part, see `mcjax.allocate.costs`."""
-    return {"width": probe.probed_width(widths), "squared": np.asarray(squared).tolist()}
-
-
-def _quantize_groups(
-    w: jax.Array, bits: int, grams: jax.Array, options: Any, widths: Sequence[int] | None = None
-) -> BitPlanes:
-    """Planes of a matrix whose output features have Gram matrices by groups."""
-    some = jnp.moveaxis(w.reshape(w.shape[0], len(grams), -1), 1, 0)
-    planes = quantize(some, bits, gram=grams, widths=widths, **options)
-    return jax.tree.map(
-        lambda a: jnp.moveaxis(a, 0, -2).reshape(*a.shape[1:-1], w.shape[-1]), planes
-    )
-
-
-def _quantize_alike(matrices: Mapping[Any, Any], bits: int, gram: Any, options: Any) -> dict:
-    """Planes of matrices [..., d_in, d_out] that multiply the same inputs.
-
-    Their output features are quantised as one matrix's, so what the Gram matrix is made into is
-    made once.
-    """
-    planes = quantize(jnp.concatenate([*matrices.values()], axis=-1), bits, gram=gram, **options)
-    ends = np.cumsum([matrix.shape[-1] for matrix in matrices.values()])
-    return {
-        name: jax.tree.map(lambda a, m=matrix, end=end: a[..., end - m.shape[-1] : end], planes)
-        for (name, matrix), end in zip(matrices.items(), ends.tolist(), strict=True)
-    }
-
-
-def _by_blocks(layer: Layer, dense: Any, seen, make):
-    """Experts' planes on the host and `expert_errors` [E, 2, widths], some experts at a time."""
-    count, *features = dense["gate"].shape
-    step = max(1, min(count, GRAM_BYTES // (4 * sum(n * n for n in features))))
-    tokens, chosen = sum(len(s.x) for s in seen), seen[0].experts.shape[1]
-    share = ERROR_ROWS * count / (chosen * tokens)
-    some_seen = [sampled(s, round(share * len(s.x))) for s in seen]
-    parts, errors = [], []
-    for first in range(0, count, step):
-        some = slice(first, first + step)
-        mine = jax.tree.map(lambda w, s=some: w[s], dense)
-        made = make(some, mine)
-        measure = partial(expert_errors, layer.block.activation, mine, made)
-        errors.append(np.asarray(sum(measure(batch, first) for batch in some_seen)))
-        parts.append(jax.device_get(made))
-    whole_layer = jax.tree.map(lambda *a: np.concatenate(a), *parts)
-    return whole_layer, np.concatenate(errors)
 
 
 def _prepare(directory: Path, identity: dict[str, Any], resume: bool) -> None:

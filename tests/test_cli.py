@@ -291,7 +291,7 @@ def test_interrupted_and_resumed(model_folder, text_file, tmp_path, capsys, monk
     whole, out = tmp_path / "whole.mcjax", tmp_path / "out.mcjax"
     assert run(*options(model_folder, whole, text_file)) == 0
     assert "expert 3 of layer 1" in capsys.readouterr().err
-    original, calls = compress._quantize_layer, []
+    original, calls = compress.quantize_layer, []
 
     def interrupted(*arguments):
         calls.append(arguments)
@@ -299,7 +299,7 @@ def test_interrupted_and_resumed(model_folder, text_file, tmp_path, capsys, monk
             raise KeyboardInterrupt
         return original(*arguments)
 
-    monkeypatch.setattr(compress, "_quantize_layer", interrupted)
+    monkeypatch.setattr(compress, "quantize_layer", interrupted)
     assert run(*options(model_folder, out, text_file, "--resume")) == 130
     assert not out.exists() and (tmp_path / ".out.mcjax.partial").exists()
     capsys.readouterr()

@@ -1,0 +1,203 @@
+"""One layer's weights as planes, and what of them the manifest keeps.
+
+Weights that multiply the same input make a part. A routed expert's Gram matrices are made when it
+is its turn, by blocks of experts, of the inputs and the routes that calibration saw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from mcjax import checkpoint, probe
+from mcjax.bitplane import BitPlanes
+from mcjax.calibrate import (
+    EXPERTS,
+    Seen,
+    expert_errors,
+    expert_grams,
+    pruning_statistics,
+    sampled,
+    use,
+)
+from mcjax.models import weights
+from mcjax.models.decoder import Decoder, Layer, Routed
+from mcjax.quantize import quantize
+
+ATTENTION_WIDTHS = (2, 3, 4, 8)
+"""Of what no budget in bits is about."""
+
+GRAM_BYTES = 1 << 29
+"""What the Gram matrices of experts may take at once: they are made and used by blocks of experts.
+One expert's are made whatever they take."""
+
+EXPERT_WEIGHTS = ("gate", "up", "down")
+
+ERROR_ROWS = 512
+"""Calibration tokens by which an expert's errors are measured, on average: each is computed at
+every width."""
+
+
+class Options(NamedTuple):
+    """How weights are quantised, see `mcjax.quantize`.
+
+    Attributes:
+      max_bits: planes of what budgets are about.
+      group_size: input features that share a table entry, None for each weight's default.
+      rotated: whether inputs are rotated.
+      sweeps: rounds of descent.
+    """
+
+    max_bits: int
+    group_size: int | None
+    rotated: bool
+    sweeps: int
+
+    @property
+    def of_matrices(self) -> dict[str, Any]:
+        """The arguments of `mcjax.quantize` that all weights share."""
+        return {name: getattr(self, name) for name in ("group_size", "rotated", "sweeps")}
+
+
+Planes = dict[tuple[str, ...], Any]
+"""What is quantised of a layer, by path."""
+
+
+def quantize_layer(
+    decoder: Decoder,
+    layer: Layer,
+    own: Any,
+    grams: Mapping[str, jax.Array],
+    seen: Sequence[Seen],
+    options: Options,
+    experts: Mapping[str, BitPlanes] | None = None,
+) -> tuple[dict[str, Any], Planes]:
+    """Quantises and measures one layer.
+
+    Args:
+      decoder: the model.
+      layer: the one of it.
+      own: its weights, float32.
+      grams: by roles' names, of inputs, from `mcjax.calibrate.observe`.
+      seen: what the experts saw.
+      options: how.
+      experts: planes of `gate`, `up` and `down` that were made otherwise; None makes them.
+
+    Returns:
+      What the manifest says of it, JSON-ready, and the planes.
+    """
+    budgeted = weights.budgeted(decoder, layer)
+    parts, planes = _others(decoder, layer, own, grams, options, {role.path for role in budgeted})
+    if not budgeted:
+        return {"parts": parts}, planes
+    path = budgeted[0].path[:-1]
+    dense = weights.get(own, path)
+    dense = {n: w for n, w in dense.items() if n.split("_")[0] in EXPERT_WEIGHTS}
+    routed = isinstance(layer.block, Routed)
+    if not routed:  # the one expert of its layer
+        if experts is None:
+            experts = {
+                role.path[-1]: _quantize_groups(
+                    weights.get(own, role.path), options.max_bits, grams[role.name], options
+                )
+                for role in budgeted
+            }
+        dense, experts = jax.tree.map(lambda w: w[None], (dense, experts))
+
+    def make(some, mine):
+        if experts is not None:
+            return jax.tree.map(lambda a: a[some], experts)
+        activation, every = layer.block.activation, grams[EXPERTS][0]
+        into, hidden = expert_grams(activation, mine, seen, some.start, every)
+        raising = {name: mine[name] for name in ("gate", "up")}
+        made = _quantize_alike(raising, options.max_bits, into, options)
+        down = quantize(mine["down"], options.max_bits, gram=hidden, **options.of_matrices)
+        return made | {"down": down}
+
+    made, squared = _by_blocks(layer, dense, seen, make)
+    for n, tap in enumerate(dict.fromkeys(str(role.tap) for role in budgeted)):
+        parts[tap] = _part(made["gate"].widths, squared[:, n])
+    planes |= {
+        (*path, name): p if routed else jax.tree.map(lambda a: a[0], p) for name, p in made.items()
+    }
+    frequency, weight = use(len(squared), seen)
+    error = np.sqrt(squared.sum(axis=1))
+    record = {"frequency": frequency, "routing_weight": weight, "error": error}
+    if isinstance(layer.block, Routed):
+        pruning = pruning_statistics(layer.block, dense, seen)
+        record |= {"ratio": pruning.ratio, "slope": pruning.slope}
+        planes[checkpoint.INTERCEPT] = pruning.intercept.astype(ml_dtypes.bfloat16)
+    return {name: value.tolist() for name, value in record.items()} | {"parts": parts}, planes
+
+
+def _others(decoder, layer, own, grams, options, budgeted) -> tuple[dict[str, Any], Planes]:
+    """Parts that no budget in bits is about: attention, shared experts."""
+    parts: dict[str, Any] = {}
+    planes: Planes = {}
+    for tap, roles in weights.by_tap(layer, decoder.width).items():
+        if roles[0].path in budgeted:
+            continue
+        squared: Any = 0
+        for role in roles:
+            w, gram = weights.get(own, role.path), grams[role.name]
+            made = _quantize_groups(w, ATTENTION_WIDTHS[-1], gram, options, ATTENTION_WIDTHS)
+            squared = squared + probe.squared_changes(w, made, gram, ATTENTION_WIDTHS)
+            planes[role.path] = made
+        parts[tap] = _part(ATTENTION_WIDTHS, squared)
+    return parts, planes
+
+
+def _part(widths: tuple[int, ...], squared) -> dict[str, Any]:
+    """What a layer's record says of a part, see `mcjax.allocate.costs`."""
+    return {"width": probe.probed_width(widths), "squared": np.asarray(squared).tolist()}
+
+
+def _quantize_groups(
+    w: jax.Array, bits: int, grams: jax.Array, options: Options, widths: Sequence[int] | None = None
+) -> BitPlanes:
+    """Planes of a matrix whose output features have Gram matrices by groups."""
+    some = jnp.moveaxis(w.reshape(w.shape[0], len(grams), -1), 1, 0)
+    planes = quantize(some, bits, gram=grams, widths=widths, **options.of_matrices)
+    return jax.tree.map(
+        lambda a: jnp.moveaxis(a, 0, -2).reshape(*a.shape[1:-1], w.shape[-1]), planes
+    )
+
+
+def _quantize_alike(matrices: Mapping[Any, Any], bits: int, gram: Any, options: Options) -> dict:
+    """Planes of matrices [..., d_in, d_out] that multiply the same inputs.
+
+    Their output features are quantised as one matrix's, so what the Gram matrix is made into is
+    made once.
+    """
+    joined = jnp.concatenate([*matrices.values()], axis=-1)
+    planes = quantize(joined, bits, gram=gram, **options.of_matrices)
+    ends = np.cumsum([matrix.shape[-1] for matrix in matrices.values()])
+    return {
+        name: jax.tree.map(lambda a, m=matrix, end=end: a[..., end - m.shape[-1] : end], planes)
+        for (name, matrix), end in zip(matrices.items(), ends.tolist(), strict=True)
+    }
+
+
+def _by_blocks(layer: Layer, dense: Any, seen, make):
+    """Experts' planes on the host and `expert_errors` [E, 2, widths], some experts at a time."""
+    count, *features = dense["gate"].shape
+    step = max(1, min(count, GRAM_BYTES // (4 * sum(n * n for n in features))))
+    tokens, chosen = sum(len(s.x) for s in seen), seen[0].experts.shape[1]
+    share = ERROR_ROWS * count / (chosen * tokens)
+    some_seen = [sampled(s, round(share * len(s.x))) for s in seen]
+    parts, errors = [], []
+    for first in range(0, count, step):
+        some = slice(first, first + step)
+        mine = jax.tree.map(lambda w, s=some: w[s], dense)
+        made = make(some, mine)
+        measure = partial(expert_errors, layer.block.activation, mine, made)
+        errors.append(np.asarray(sum(measure(batch, first) for batch in some_seen)))
+        parts.append(jax.device_get(made))
+    whole_layer = jax.tree.map(lambda *a: np.concatenate(a), *parts)
+    return whole_layer, np.concatenate(errors)
