@@ -122,7 +122,7 @@ def _pruning(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _budget(arguments: argparse.Namespace) -> float | str | None:
     """The budget as a number of bits, or as it was written if it is one of bytes."""
-    from mcjax.allocate import Bytes, parse
+    from mcjax.programme import Bytes, parse
 
     if arguments.budget is None:
         return None

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mcjax import allocate, checkpoint, odp, parameters
+from mcjax import allocate, checkpoint, odp, parameters, programme
 from mcjax.bitplane import BitPlanes, MixedPlanes
 from mcjax.hub import Folder, local
 from mcjax.models import weights
@@ -140,7 +140,7 @@ class Model:
         held = self.widths
         reader = checkpoint.ArtifactReader(self.path)
         wanted = resolve_widths(reader, budget, bits, allocation, None, policy)
-        if not isinstance(_parsed(budget), allocate.Bytes):
+        if not isinstance(_parsed(budget), programme.Bytes):
             parts = allocate.parts(reader.decoder, reader.manifest)
             wanted |= {(p.layer, p.tap): held[p.layer, p.tap] for p in parts if not p.budgeted}
         params = parameters.refine_layers(reader, self.params, wanted)
@@ -338,7 +338,7 @@ def resolve_widths(
     if policy not in allocate.POLICIES:
         raise ValueError(f"policy must be one of {allocate.POLICIES}, got {policy!r}")
     wanted, stored = _parsed(budget), tuple(manifest["statistics"]["bits"])
-    in_bytes = isinstance(wanted, allocate.Bytes)
+    in_bytes = isinstance(wanted, programme.Bytes)
     if in_bytes and (attention_bits is not None or policy != "loss"):
         raise ValueError(
             f"the budget {budget} chooses every width by loss; leave attention_bits and policy out"
@@ -368,4 +368,4 @@ def resolve_widths(
 
 
 def _parsed(budget: float | str | None) -> Any:
-    return None if budget is None else allocate.parse(budget)
+    return None if budget is None else programme.parse(budget)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mcjax.divergence import divergence as logits_divergence
 from mcjax.models.decoder import Decoder
 from mcjax.models.language_model import predict
 
@@ -67,6 +68,5 @@ def divergence(decoder: Decoder, norm, head, x, target) -> jax.Array:
       x: what the last layer gives.
       target: what it should.
     """
-    expected = log_probabilities(decoder, norm, head, target)
-    got = log_probabilities(decoder, norm, head, x)
-    return jnp.mean(jnp.sum(jnp.exp(expected) * (expected - got), axis=-1))
+    expected, got = (predict(decoder, norm, head, y) for y in (target, x))
+    return logits_divergence(expected, got)

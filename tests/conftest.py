@@ -58,6 +58,7 @@ QUICKLY_COMPILED = {
     "test_formats.py",
     "test_generate.py",
     "test_hub.py",
+    "test_lora.py",
     "test_importance.py",
     "test_names.py",
     "test_odp.py",

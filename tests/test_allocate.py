@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mcjax
-from mcjax import allocate, pmq
+from mcjax import allocate, pmq, programme
 from mcjax.checkpoint import ArtifactReader
 from mcjax.notes import Note
 
@@ -38,7 +38,7 @@ def test_programme_equals_brute_force(seed, parts, widths, share):
     low = np.where(usable, size, 10**6).min(axis=1).sum()
     high = np.where(usable, size, 0).max(axis=1).sum()
     total = int(low + share * (high - low))
-    chosen = allocate.share_out(cost, size, total)
+    chosen = programme.share_out(cost, size, total)
     at = np.arange(parts), chosen
     assert np.isfinite(cost[at]).all() and size[at].sum() <= total
     assert cost[at].sum() <= best_by_brute_force(cost, size, total) + 1e-6
@@ -47,12 +47,12 @@ def test_programme_equals_brute_force(seed, parts, widths, share):
 
 
 def test_parse():
-    assert allocate.parse("2.5") == allocate.parse(2.5) == 2.5
+    assert programme.parse("2.5") == programme.parse(2.5) == 2.5
     for text, count in [("4.2GB", 42 * 10**8), ("4 GiB", 2**32), ("300kB", 300000), ("7b", 7)]:
-        assert allocate.parse(text) == allocate.Bytes(count)
+        assert programme.parse(text) == programme.Bytes(count)
     for text in ("4.2 bits", "GB", "-3MB", ""):
         with pytest.raises(ValueError, match="neither average bits"):
-            allocate.parse(text)
+            programme.parse(text)
 
 
 def test_allocations_of_experts_and_back(artifact):
@@ -128,15 +128,15 @@ def test_the_most_bits_of_a_huge_model_are_feasible(artifact, monkeypatch):
 
 def test_dealing_bits_out_evenly():
     cost, size = np.array([[4.0, 1.0, 0.25]] * 2), np.array([[1, 2, 3]] * 2)
-    assert allocate.even_cost(cost, size, 4) == 2 and allocate.even_cost(cost, size, 5) == 1.25
-    assert allocate.even_cost(cost, size, 1) == math.inf
+    assert programme.even_cost(cost, size, 4) == 2 and programme.even_cost(cost, size, 5) == 1.25
+    assert programme.even_cost(cost, size, 1) == math.inf
     cost[0, 0] = np.inf  # one of the parts has no such width
-    assert allocate.even_cost(cost, size, 3) == math.inf
+    assert programme.even_cost(cost, size, 3) == math.inf
 
 
 def test_choices_too_large_are_made_smaller():
     cost, size = np.array([[4.0, 1.0, 0.25], [8.0, 2.0, 0.5]]), np.array([[1, 2, 3]] * 2)
-    np.testing.assert_array_equal(allocate._filled(cost, size, 5, np.array([2, 2])), [1, 2])
+    np.testing.assert_array_equal(programme.filled(cost, size, 5, np.array([2, 2])), [1, 2])
 
 
 def test_refining_to_bytes_and_back_equals_loading(artifact):
@@ -194,11 +194,11 @@ def test_it_says_when_one_width_is_as_good():
     cost = np.tile([1.0, 0.25, 0.06], (8, 1))
     size = np.tile([1, 2, 3], (8, 1))
     with pytest.warns(Note, match="about as good here"):
-        allocate._tell_if_slight(cost * (1 + 0.001 * np.arange(8))[:, None], size, np.full(8, 1))
+        programme.tell_if_slight(cost * (1 + 0.001 * np.arange(8))[:, None], size, np.full(8, 1))
     uneven = cost * np.array([1, 100] * 4)[:, None]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        allocate._tell_if_slight(uneven, size, np.array([0, 2] * 4))
+        programme.tell_if_slight(uneven, size, np.array([0, 2] * 4))
 
 
 def test_widths_of_one_part_may_differ_between_layers(artifact):

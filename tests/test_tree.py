@@ -6,12 +6,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from test_qat import Net, weight
 
 import mcjax
-from mcjax import qat, tree
+from mcjax import qat, tree, tune
 from mcjax.checkpoint import ArtifactReader
 from mcjax.tree.kernel import is_kernel
 
@@ -322,11 +323,8 @@ def test_inputs_make_better_weights():
 
 def test_artifacts(network, tmp_path, monkeypatch):
     """All widths or one come back, of which fewer bits read fewer bytes."""
-    name, planes = network[0], network[5]
-    if name == "nnx":
-        with pytest.raises(ValueError, match="only nested dicts with string keys"):
-            tree.save(tmp_path / "net", planes)
-        planes = {"kernel": next(filter(is_kernel, jax.tree.leaves(planes, is_leaf=is_kernel)))}
+    name, _, params, _, _, planes, _ = network
+    like = params if name == "nnx" else None  # nested dicts need no pattern, an NNX state does
     tree.save(tmp_path / "net", planes, note={"accuracy": 0.9})
     read, sizes = ArtifactReader.read, []
 
@@ -338,7 +336,7 @@ def test_artifacts(network, tmp_path, monkeypatch):
     monkeypatch.setattr(ArtifactReader, "read", counted)
     for bits in (1, 4, None):
         sizes.append(0)
-        back = tree.load(tmp_path / "net", bits)
+        back = tree.load(tmp_path / "net", bits, like)
         expected = planes if bits is None else tree.slice_tree(planes, bits)
         jax.tree.map(np.testing.assert_array_equal, back, expected)
         assert sizes[-1] == sum(leaf.nbytes for leaf in jax.tree.leaves(back))
@@ -405,7 +403,8 @@ def test_bad_input(tmp_path, artifact):
     def function(p, x):
         return x @ p["layer"]["kernel"] + p["layer"]["bias"]
 
-    watched = tree.watch(function, params, [weight(4, 64)])
+    x = weight(4, 64)
+    watched = tree.watch(function, params, [x])
     gone = {"layer": params["layer"] | {"kernel": params["layer"]["kernel"].at[0, 0].set(jnp.nan)}}
     for message, call in [
         ("there is no batch", lambda: tree.watch(function, params, [])),
@@ -414,7 +413,7 @@ def test_bad_input(tmp_path, artifact):
         ("layer/kernel: w holds 1 NaN", lambda: tree.shrink(gone, watched)),
         ("layer/kernel: bits must be", lambda: tree.shrink(params, watched, [tree.Rule(bits=9)])),
         ("holds no arrays", lambda: tree.shrink({}, {})),
-        ("must not hold dots", lambda: tree.save(tmp_path / "a", {"a.b": jnp.ones(2)})),
+        ("two leaves are named", lambda: tree.save(tmp_path / "a", {"a/b": x, "a": {"b": x}})),
         ("exists", lambda: tree.save(tmp_path, params)),
         ("holds a model, not a tree", lambda: tree.load(artifact)),
     ]:
@@ -426,3 +425,125 @@ def test_bad_input(tmp_path, artifact):
         tree.load(tmp_path / "net", 7)
     with pytest.raises(ValueError, match="holds a tree, not a model"):
         mcjax.load(tmp_path / "net")
+    with pytest.raises(ValueError, match="holds another tree than `like`"):
+        tree.load(tmp_path / "net", like={"layer": params["layer"]["kernel"]})
+
+
+def test_any_structure_is_kept(tmp_path):
+    """Lists, keys with dots and slashes of their own, and arrays of every type."""
+    kept = {"a.b": [jnp.ones(2), {"c d/e%": jnp.arange(3)}], "5": jnp.bfloat16(2.5)}
+    tree.save(tmp_path / "net", kept)
+    back = tree.load(tmp_path / "net", like=kept)
+    jax.tree.map(np.testing.assert_array_equal, back, kept)
+    assert set(tree.load(tmp_path / "net")) == {"a.b", "5"}
+
+
+@pytest.fixture(scope="module")
+def uneven():
+    """A network of two layers, of whose result the second makes nearly all."""
+    params = {"a": {"kernel": weight(64, 64)}, "b": {"kernel": weight(64, 32)}, "c": weight(32)}
+
+    def function(p, x):
+        return 0.05 * jnp.tanh(x @ p["a"]["kernel"])[:, :32] + x @ p["b"]["kernel"] + p["c"]
+
+    x = weight(64, 8) @ weight(8, 64) / 3 + 0.1 * weight(64, 64)
+    watched = tree.watch(function, params, [x])
+    return function, params, x, watched, tree.shrink(params, watched)[0]
+
+
+def test_budgets_follow_costs(uneven, tmp_path):
+    function, params, x, _, planes = uneven
+    costs = tree.costs(function, params, planes, [x, 2 * x])
+    assert all(np.all(np.diff(cost) < 0) for cost in costs.values())
+    before, held = function(params, x), tree.dequantize_tree(planes)
+    moved = function({**params, "b": held["b"]}, x)
+    found = tree.costs(function, params, planes, [x])["b/kernel"][-1]
+    np.testing.assert_allclose(found, tree.squared_change(before, moved), rtol=1e-4)
+
+    widths = tree.allocate(planes, costs, 2)
+    assert widths == {"a/kernel": 1, "b/kernel": 4}  # 64 x 64 at 1 and 64 x 32 at 4: 2 on average
+    served = tree.slice_tree(planes, widths)
+
+    def cost(at):
+        return tree.squared_change(before, tree.serving(function)(at, x))
+
+    assert cost(served) < 0.5 * cost(tree.slice_tree(planes, 2))
+    limit = sum(leaf.nbytes for leaf in jax.tree.leaves(served))
+    assert tree.allocate(planes, costs, f"{limit}B") == widths
+    tree.save(tmp_path / "net", planes)
+    jax.tree.map(np.testing.assert_array_equal, tree.load(tmp_path / "net", widths), served)
+    for message, call in (
+        ("budget 5.0 is not feasible", lambda: tree.allocate(planes, costs, 5)),
+        ("a budget of 100 bytes is not", lambda: tree.allocate(planes, costs, "100B")),
+        ("costs are of other weights", lambda: tree.allocate(planes, {}, 2)),
+        ("widths of other weights", lambda: tree.slice_tree(planes, {"a/kernel": 2})),
+        ("widths of other weights", lambda: tree.load(tmp_path / "net", {"a/kernel": 2})),
+        ("there is no batch", lambda: tree.costs(function, params, planes, [])),
+        ("no weight of the tree", lambda: tree.costs(function, params, params, [x])),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_training_once_for_every_width(uneven):
+    """What trains is what is served; weights and tables both learn."""
+    function, params, x, watched, _ = uneven
+    spec = qat.QuantSpec(widths=(4, 2), group_size=32, act_bits=None)
+    quantizers, target = tree.once.init(params, watched, spec), function(params, x)
+    assert set(quantizers) == {"a/kernel", "b/kernel"}
+
+    @jax.jit
+    def step(both, state):
+        def loss(both):
+            given = [tree.once.apply(*both, spec, bits) for bits in spec.widths]
+            return sum(jnp.mean((function(p, x) - target) ** 2) for p in given)
+
+        value, gradient = jax.value_and_grad(loss)(both)
+        change, state = optimiser.update(gradient, state)
+        return value, optax.apply_updates(both, change), state, gradient
+
+    both, values = (params, quantizers), []
+    optimiser = optax.adam(0.005)
+    state = optimiser.init(both)
+    for _ in range(30):
+        value, both, state, gradient = step(both, state)
+        values.append(float(value))
+    assert values[-1] < 0.7 * values[0]
+    assert all(jnp.any(leaf) for leaf in jax.tree.leaves(gradient[1]["b/kernel"].tables))
+    planes = tree.once.freeze(*both, spec)
+    for bits in spec.widths:
+        served = tree.serving(function)(tree.slice_tree(planes, bits), x)
+        expected = function(tree.once.apply(*both, spec, bits), x)
+        np.testing.assert_allclose(served, expected, rtol=1e-3, atol=1e-3)
+    again = tree.once.of_planes(planes)
+    assert jax.tree.structure(again) == jax.tree.structure(quantizers)
+    with pytest.raises(ValueError, match="no weight matching 'q' was seen"):
+        tree.once.init(params, watched, spec, "q")
+    with pytest.raises(ValueError, match="there is no 'a/kernel'"):
+        tree.once.apply({"b": params["b"]}, quantizers, spec, 2)
+
+
+def test_tables_of_any_network_train(uneven):
+    """With what is not planes, and back into tables; nobody meets `float0`."""
+    function, params, x, watched, _ = uneven
+    blind = {name: one._replace(gram=None) for name, one in watched.items()}
+    at = tree.slice_tree(tree.shrink(params, blind)[0], 2)
+    target = function(params, x)
+    tuned = tune.init(at)
+    assert set(tuned["others"]) == {"c"}
+
+    def loss(tuned):
+        return jnp.mean((function(tune.apply(at, tuned), x) - target) ** 2)
+
+    step, optimiser = jax.jit(jax.value_and_grad(loss)), optax.adam(0.01)
+    (first, _), state = step(tuned), optimiser.init(tuned)
+    for _ in range(30):
+        value, gradient = step(tuned)
+        change, state = optimiser.update(gradient, state)
+        tuned = optax.apply_updates(tuned, change)
+    assert value < 0.8 * first
+    written = tune.write(at, tuned)
+    got = tree.serving(function)(written, x)
+    np.testing.assert_allclose(got, function(tune.apply(at, tuned), x), rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="'gone' is no array"):
+        tune.init(at, ["gone"])

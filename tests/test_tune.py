@@ -40,7 +40,7 @@ def arrays(tree):
 
 def test_what_is_written_is_what_was_applied(artifact, windows):
     model = mcjax.load(artifact, allocation=[[1, 2, 3, 2, 1], [3, 3, 2, 1, 2]])
-    tuned = tune.init(model.module.decoder, model.params)
+    tuned = tune.init(model.params, tune.small(model.module.decoder))
     # Nothing trained is nothing changed.
     same = tune.write(model.params, tuned)
     for new, old in zip(arrays(same), arrays(model.params), strict=True):
@@ -57,7 +57,7 @@ def test_what_is_written_is_what_was_applied(artifact, windows):
 
 def test_training_lowers_the_divergence_and_keeps_the_planes(artifact, dense, windows):
     model = mcjax.load(artifact, bits=1, attention_bits=2)
-    tuned = tune.init(model.module.decoder, model.params)
+    tuned = tune.init(model.params, tune.small(model.module.decoder))
     optimiser = optax.adam(1e-2)
     target = dense(windows[:8])
     divergence = partial(tune.divergence, model.module, model.params)
@@ -74,7 +74,7 @@ def test_training_lowers_the_divergence_and_keeps_the_planes(artifact, dense, wi
         values.append(float(value))
     assert values[-1] < 0.8 * values[0]
     held_out = windows[8:16], dense(windows[8:16])
-    before = divergence(tune.init(model.module.decoder, model.params), *held_out)
+    before = divergence(tune.init(model.params, tune.small(model.module.decoder)), *held_out)
     assert divergence(tuned, *held_out) < 0.9 * before
     written = tune.write(model.params, tuned)
     for old, new in zip(arrays(model.params), arrays(written), strict=True):
@@ -84,7 +84,7 @@ def test_training_lowers_the_divergence_and_keeps_the_planes(artifact, dense, wi
 
 def test_a_dense_model_has_nothing_to_tune(dense):
     with pytest.raises(ValueError, match="dense weights, not planes"):
-        tune.init(dense.module.decoder, dense.params)
+        tune.init(dense.params)
 
 
 def test_gradients_by_layers_are_those_of_the_whole_model(artifact, dense, windows):
@@ -101,16 +101,16 @@ def test_gradients_by_layers_are_those_of_the_whole_model(artifact, dense, windo
     value, got = by_layers.gradients(state, 3, tokens, x)
 
     target = predict(decoder, model.params["norm"], head, x)
-    tuned = tune.init(decoder, model.params)
+    tuned = tune.init(model.params, tune.small(decoder))
     divergence = partial(tune.divergence, model.module, model.params)
     expected, gradient = jax.value_and_grad(divergence)(tuned, tokens, target)
     assert np.allclose(value, expected, rtol=1e-4)
-    whole = gradient["tables"]["segment_0.layer_0.mixer.o"][0]
+    whole = gradient["tables"]["segment_0/layer_0/mixer/o"][0]
     for i in range(2):
         one = got[i][("mixer", "o"), 3]
         for name, change in one.items():
             assert np.abs(change - whole[name][i]).max() < 1e-3 * np.abs(whole[name]).max()
-    whole = gradient["tables"]["segment_0.layer_0.block.experts.down"][0]
+    whole = gradient["tables"]["segment_0/layer_0/block/experts/down"][0]
     for i in range(2):
         one = got[i][("block", "experts", "down"), 2]
         for name, change in one.items():
@@ -228,7 +228,7 @@ def test_the_best_effort(model_folder, text_file, dense, windows, tmp_path, monk
     loss = {}
     for name in ("best", "normal"):
         model = mcjax.load(tmp_path / name, bits=1)
-        tuned = tune.init(model.module.decoder, model.params)
+        tuned = tune.init(model.params, tune.small(model.module.decoder))
         loss[name] = tune.divergence(model.module, model.params, tuned, windows, target)
     assert loss["best"] < 0.9 * loss["normal"]
 

@@ -1,6 +1,7 @@
 """Products of activations with weights.
 
 dot       `dot` and `expert_dot`, over dense or plane weights
+adapted   a weight and a low-rank change of it
 choice    which product they use
 device    what the device can do
 grouped   rows sorted by expert, so that each is computed once
@@ -15,11 +16,13 @@ dp4a      few rows on a GPU, by counting bits
 unpack    planes written out on a GPU, for many rows
 """
 
+from mcjax.ops.adapted import Adapted
 from mcjax.ops.dot import Shifted, aligned, dense, dot, expert_dot, expert_rows_dot
 from mcjax.ops.grouped import expert_map
 from mcjax.ops.narrow import narrow_dot
 
 __all__ = [
+    "Adapted",
     "Shifted",
     "aligned",
     "dense",

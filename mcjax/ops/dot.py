@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from mcjax import rotation
 from mcjax.bitplane import BitPlanes, MixedPlanes
 from mcjax.ops import choice, device
+from mcjax.ops.adapted import Adapted
 from mcjax.ops.grouped import Weight, expert_map
 from mcjax.ops.linear import automatic, rows_as
 from mcjax.ops.popcount import popcount_dot
@@ -30,9 +31,9 @@ class Shifted(NamedTuple):
     shift: jax.Array
 
 
-def dense(weight: Weight, dtype=jnp.float32) -> jax.Array:
+def dense(weight: Weight | Adapted, dtype=jnp.float32) -> jax.Array:
     """The weight as an array [..., d_in, d_out] of `dtype`, dequantised if it is planes."""
-    if isinstance(weight, BitPlanes | MixedPlanes):
+    if isinstance(weight, BitPlanes | MixedPlanes | Adapted):
         return weight.dequantize(dtype)
     return weight.astype(dtype)
 
@@ -54,7 +55,7 @@ def aligned(x: jax.Array, *weights: Weight) -> tuple[jax.Array, tuple[Weight, ..
 
 def dot(
     x: jax.Array,
-    planes: Weight | Shifted,
+    planes: Weight | Shifted | Adapted,
     act_bits: int | None = None,
     product: str | None = None,
 ) -> jax.Array:
@@ -62,7 +63,8 @@ def dot(
 
     Args:
       x: float [..., d_in].
-      planes: a weight of logical shape [d_in, d_out], which may be `Shifted`.
+      planes: a weight of logical shape [d_in, d_out], which may be `Shifted` or
+        `Adapted`.
       act_bits: None multiplies in x's own type; 8 or 16 lets every row of x be rounded to so many
         bits first, a deliberate change of numerics by which few rows can be multiplied by counting
         bits. 8 costs some accuracy, 16 less than bfloat16 does; with 8 a CPU multiplies many rows
@@ -81,6 +83,8 @@ def dot(
     if isinstance(planes, Shifted):
         y = dot(x, planes.weight, act_bits, product)
         return y + planes.shift.reshape(y.shape)
+    if isinstance(planes, Adapted):
+        return dot(x, planes.weight, act_bits, product) + planes.added(x)
     if len(planes.shape) != 2 or x.shape[-1] != planes.shape[0]:
         raise ValueError(f"x {x.shape} does not multiply a weight of shape {planes.shape}")
     held = isinstance(planes, BitPlanes | MixedPlanes)

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 import jax
 import jax.numpy as jnp
@@ -17,40 +18,43 @@ import numpy as np
 from mcjax import checkpoint
 from mcjax.atomic import whole
 from mcjax.bitplane import BitPlanes
+from mcjax.leaves import named
+from mcjax.models.weights import put
+from mcjax.ops import Adapted
 from mcjax.tree.kernel import Kernel
-from mcjax.tree.view import Atom, Layout
+from mcjax.tree.view import Layout
 
 KIND = "tree"
 
 
-def save(path: str | Path, tree: Mapping[str, Any], note: Any = None) -> None:
+def save(path: str | Path, tree: Any, note: Any = None) -> None:
     """Writes a tree of arrays and planes as an artifact, whole or not at all.
 
     Args:
       path: must not exist.
-      tree: nested dicts of arrays, `Kernel`s and `BitPlanes`; keys are strings without dots.
+      tree: of arrays, `Kernel`s and `BitPlanes`: nested dicts, lists, dataclasses, NNX states,
+        whatever JAX knows as a tree.
       note: JSON-ready, kept in the manifest.
 
     Raises:
-      ValueError: if `path` exists, its folder does not, or a key holds a dot.
+      ValueError: if `path` exists, its folder does not, two leaves have one name, or a weight has
+        adapters, which `mcjax.lora.save` keeps.
       OSError: if it cannot be written.
     """
     path = Path(path).absolute()
     if path.exists():
         raise ValueError(f"{path} exists; remove it or choose another place")
-    geometry, held = {}, jax.tree.map(_planes_of, tree, is_leaf=_is_planes)
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_planes):
-        if not all(isinstance(getattr(key, "key", None), str) for key in keys):
-            raise ValueError(
-                f"only nested dicts with string keys can be saved, got {jax.tree_util.keystr(keys)}"
-            )
-        names = [key.key for key in keys]
-        dotted = [name for name in names if "." in name]
-        if dotted:
-            raise ValueError(f"keys must not hold dots, got {dotted[0]!r}")
-        if _is_planes(leaf):
-            planes = _planes_of(leaf)
-            geometry[".".join(names)] = {
+    names, leaves, _ = named(tree, _is_planes)
+    twice = next((name for n, name in enumerate(names) if name in names[:n]), None)
+    if twice is not None:
+        raise ValueError(f"two leaves are named {twice!r}")
+    geometry, held = {}, {}
+    for name, leaf in zip(map(_stored, names), leaves, strict=True):
+        held[name] = planes = leaf.planes if isinstance(leaf, Kernel) else leaf
+        if isinstance(planes, Adapted):
+            raise ValueError(f"{name} has adapters: save the tree without, and these by lora.save")
+        if isinstance(planes, BitPlanes):
+            geometry[name] = {
                 "d_in": planes.d_in,
                 "group_size": planes.group_size,
                 "widths": list(planes.widths),
@@ -58,7 +62,7 @@ def save(path: str | Path, tree: Mapping[str, Any], note: Any = None) -> None:
             }
         if isinstance(leaf, Kernel):
             layout = dataclasses.asdict(leaf.layout) | {"dtype": np.dtype(leaf.dtype).name}
-            geometry[".".join(names)]["layout"] = layout
+            geometry[name]["layout"] = layout
     with whole(path) as aside:
         aside.mkdir()
         sums = checkpoint.save_tree(aside / KIND, held, ())
@@ -66,47 +70,66 @@ def save(path: str | Path, tree: Mapping[str, Any], note: Any = None) -> None:
         checkpoint.write_manifest(aside, manifest)
 
 
-def load(path: str | Path, bits: int | None = None) -> dict[str, Any]:
+def load(path: str | Path, bits: int | Mapping[str, int] | None = None, like: Any = None) -> Any:
     """Reads an artifact that `save` wrote.
 
     Args:
       path: the artifact.
-      bits: the width to serve every weight at, reading only its planes and table; None for all.
+      bits: the width to serve every weight at, or each one's by its name, see
+        `mcjax.tree.allocate`; only its planes and table are read. None reads all.
+      like: a tree of the structure that comes back, such as the network's own or the shapes of
+        `jax.eval_shape`; None gives nested dicts.
 
     Returns:
       The tree.
 
     Raises:
-      ValueError: if it is damaged or of another kind, or a weight has no such width.
+      ValueError: if it is damaged, of another kind or of another tree than `like`, or a weight has
+        no such width.
     """
     reader = checkpoint.ArtifactReader(path, KIND)
     geometry = reader.manifest["geometry"]
-    names = list(reader.manifest["checksums"][KIND])
-    dense = [n for n in names if n.rsplit(".", 1)[0] not in geometry]
+    stored = list(reader.manifest["checksums"][KIND])
+    dense = [n for n in stored if n.rsplit(".", 1)[0] not in geometry]
     values = reader.read((KIND, name, None) for name in dense)
-    flat: dict[str, Any] = {n: jnp.asarray(v) for n, v in zip(dense, values, strict=True)}
+    leaves: dict[str, Any] = {n: jnp.asarray(v) for n, v in zip(dense, values, strict=True)}
+    if isinstance(bits, Mapping) and set(map(_stored, bits)) != set(geometry):
+        other = sorted(set(map(_stored, bits)) ^ set(geometry))[:4]
+        raise ValueError(f"widths of other weights: {other}")
     for name, shape in geometry.items():
         widths = tuple(shape["widths"])
-        if bits is not None and bits not in widths:
-            raise ValueError(f"bits {bits} is not one of {name}'s widths {widths}")
-        chosen = widths if bits is None else (bits,)
+        wanted = bits[_name(name)] if isinstance(bits, Mapping) else bits
+        if wanted is not None and wanted not in widths:
+            raise ValueError(f"bits {wanted} is not one of {_name(name)}'s widths {widths}")
+        chosen = widths if wanted is None else (wanted,)
         planes = checkpoint.read_planes(
             reader, KIND, name, chosen, shape["d_in"], shape["group_size"], shape["rotated"]
         )
-        flat[name] = _kernel(planes, shape["layout"]) if "layout" in shape else planes
-    return checkpoint.unflatten(flat)
+        leaves[name] = _kernel(planes, shape["layout"]) if "layout" in shape else planes
+    if like is None:
+        tree: dict[str, Any] = {}
+        for name, leaf in leaves.items():
+            put(tree, tuple(map(unquote, name.split("."))), leaf)
+        return tree
+    names, _, structure = named(like, _is_planes)
+    if set(map(_stored, names)) != set(leaves):
+        other = sorted(set(map(_stored, names)) ^ set(leaves))[:4]
+        raise ValueError(f"{path} holds another tree than `like`: they differ in {other}")
+    return jax.tree.unflatten(structure, [leaves[_stored(name)] for name in names])
+
+
+def _stored(name: str) -> str:
+    """A leaf's name on disk: keys joined by dots."""
+    return quote(name, safe="/ ").replace(".", "%2E").replace("/", ".")
+
+
+def _name(stored: str) -> str:
+    """The inverse of `_stored`."""
+    return unquote(stored.replace(".", "/"))
 
 
 def _kernel(planes: BitPlanes, kept: Mapping[str, Any]) -> Kernel:
-    atoms = {
-        name: tuple(Atom(*pair) for pair in kept[name]) for name in ("batch", "inside", "outside")
-    }
-    layout = Layout(shape=tuple(kept["shape"]), **atoms)
-    return Kernel(planes=planes, layout=layout, dtype=jnp.dtype(kept["dtype"]))
-
-
-def _planes_of(leaf: Any) -> Any:
-    return leaf.planes if isinstance(leaf, Kernel) else leaf
+    return Kernel(planes=planes, layout=Layout.of_json(kept), dtype=jnp.dtype(kept["dtype"]))
 
 
 def _is_planes(leaf: Any) -> bool:

@@ -1,7 +1,8 @@
-"""A weight of any shape as bit planes: what `mcjax.tree` puts in place of an array."""
+"""A weight of any shape as bit planes, and trees that hold some."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import jax
 
 from mcjax.bitplane import BitPlanes
+from mcjax.leaves import named
+from mcjax.ops import Adapted
 from mcjax.tree.view import Layout
 
 
@@ -18,12 +21,12 @@ class Kernel:
     """A weight as bit planes of its matrices.
 
     Attributes:
-      planes: of shape [*batch, d_in, d_out].
+      planes: of shape [*batch, d_in, d_out]; with low-rank factors too, see `mcjax.lora`.
       layout: where these lie in the weight.
       dtype: of the weight.
     """
 
-    planes: BitPlanes
+    planes: BitPlanes | Adapted
     layout: Layout
     dtype: Any
 
@@ -36,6 +39,11 @@ class Kernel:
     def bits(self) -> int:
         """Number of planes."""
         return self.planes.bits
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The widths that it can be sliced to, ascending."""
+        return self.planes.widths
 
     @property
     def nbytes(self) -> int:
@@ -57,3 +65,36 @@ class Kernel:
 def is_kernel(leaf: Any) -> bool:
     """Whether a leaf is a `Kernel`."""
     return isinstance(leaf, Kernel)
+
+
+def slice_tree(tree: Any, bits: int | Mapping[str, int]) -> Any:
+    """Every weight that is planes at fewer bits.
+
+    Args:
+      tree: with `Kernel`s or `BitPlanes`.
+      bits: one width for all, or each one's by its name, see `mcjax.tree.allocate`.
+
+    Raises:
+      ValueError: if a weight has no such width, or the names are not those of its weights.
+    """
+
+    def is_planes(leaf):
+        return isinstance(leaf, BitPlanes | Kernel)
+
+    names, leaves, structure = named(tree, is_planes)
+    held = [name for name, leaf in zip(names, leaves, strict=True) if is_planes(leaf)]
+    widths = bits if isinstance(bits, Mapping) else dict.fromkeys(held, bits)
+    if set(widths) != set(held):
+        raise ValueError(f"widths of other weights: {sorted(set(widths) ^ set(held))[:4]}")
+    made = [
+        leaf.slice(widths[name]) if is_planes(leaf) else leaf
+        for name, leaf in zip(names, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(structure, made)
+
+
+def dequantize_tree(tree: Any) -> Any:
+    """Every `Kernel` as the array that it stands for."""
+    return jax.tree.map(
+        lambda leaf: leaf.dequantize() if is_kernel(leaf) else leaf, tree, is_leaf=is_kernel
+    )

@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from mcjax.bitplane import BitPlanes
+from mcjax.leaves import named
 from mcjax.ops.dot import dot
 from mcjax.tree.kernel import is_kernel
+from mcjax.tree.products import axes_of, rows_of
 from mcjax.tree.program import Visitor, run
 from mcjax.tree.view import Layout, View, arranged, whole
-from mcjax.tree.watch import axes_of, flat, rows_of
 
 
 class Held(NamedTuple):
@@ -97,7 +98,7 @@ def serving(function: Callable[..., Any], act_bits: int | None = None) -> Callab
 
     @wraps(function)
     def served(params, *arguments, **options):
-        names, leaves, structure = flat(params, is_leaf=is_kernel)
+        names, leaves, structure = named(params, is_leaf=is_kernel)
         like = [
             jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_kernel(leaf) else leaf
             for leaf in leaves

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -103,6 +103,15 @@ class Layout:
     def to_matrices(self, weight: jax.Array) -> jax.Array:
         """A weight as [*batch, d_in, d_out]."""
         return arranged(weight, _lying(self.shape), self.axes())
+
+    @classmethod
+    def of_json(cls, kept: Mapping[str, Any]) -> Layout:
+        """The inverse of `dataclasses.asdict` and a passage through JSON."""
+        atoms = {
+            name: tuple(Atom(*pair) for pair in kept[name])
+            for name in ("batch", "inside", "outside")
+        }
+        return cls(shape=tuple(kept["shape"]), **atoms)
 
     def to_weight(self, matrices: jax.Array) -> jax.Array:
         """The inverse of `to_matrices`."""

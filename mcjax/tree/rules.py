@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mcjax.bitplane import BitPlanes
+from mcjax.leaves import named
 from mcjax.quantize import quantize
-from mcjax.tree.kernel import Kernel, is_kernel
-from mcjax.tree.watch import Watched, flat
+from mcjax.tree.kernel import Kernel
+from mcjax.tree.watched import Watched
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +121,7 @@ def shrink(
       ValueError: if the tree is empty, a rule matches nothing, `watched` is of another tree, or a
         weight holds what cannot be quantised.
     """
-    names, leaves, structure = flat(params)
+    names, leaves, structure = named(params)
     if not names:
         raise ValueError("the tree holds no arrays")
     if list(watched) != names:
@@ -196,23 +196,3 @@ def _errors(matrices, planes, gram) -> tuple[float, ...]:
 
     each = [size(matrices - planes.at_width(k).dequantize()) for k in planes.widths]
     return tuple(float(jnp.sqrt(e / jnp.maximum(size(matrices), 1e-30))) for e in each)
-
-
-def slice_tree(tree: Any, bits: int) -> Any:
-    """Every weight that is planes at one width."""
-
-    def at(leaf):
-        return leaf.slice(bits) if _is_planes(leaf) else leaf
-
-    return jax.tree.map(at, tree, is_leaf=_is_planes)
-
-
-def dequantize_tree(tree: Any) -> Any:
-    """Every `Kernel` as the array that it stands for."""
-    return jax.tree.map(
-        lambda leaf: leaf.dequantize() if is_kernel(leaf) else leaf, tree, is_leaf=is_kernel
-    )
-
-
-def _is_planes(leaf: Any) -> bool:
-    return isinstance(leaf, BitPlanes | Kernel)
