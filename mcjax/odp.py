@@ -11,12 +11,13 @@ protects it (ours).
 
 What takes a skipped expert's place is the policy:
 
-* ``"paper"``: nothing, and the remaining weights are scaled to the sum that all had.
+* ``"paper"``: nothing, and the remaining weights are scaled to the sum that all had. Of more than
+  two experts each rank has its own median.
 * ``"affine"`` (ours, the default): an estimate of the expert's output from that of the token's
   first expert, ``f_e(x) = intercept_e + slope_e f_first(x)``, under the expert's own weight. One
-  vector and one number for each expert, fitted on calibration text. On one trained Mixtral it cost
-  less than half as much as the paper's policy at equal skips, on another as much, see
-  benchmarks/README.md.
+  vector and one number for each expert, fitted on calibration text. All ranks have one mu. On one
+  trained Mixtral it cost less than half as much as the paper's policy at equal skips, on another as
+  much, see benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -124,12 +125,14 @@ def renormalize(weights: jax.Array, keep: jax.Array) -> jax.Array:
     return kept * (total / jnp.sum(kept, axis=-1, keepdims=True))
 
 
-def thresholds(ratio: np.ndarray, quantile: float = QUANTILE) -> np.ndarray:
+def thresholds(ratio: np.ndarray, quantile: float = QUANTILE, apart: bool = False) -> np.ndarray:
     """The thresholds mu at a quantile.
 
     Args:
       ratio: quantiles [..., K - 1, 101] of `PruningStatistics`.
       quantile: from 0, nothing is skipped, to 1, almost all but the first.
+      apart: whether each rank has its own, under which as much of it falls as of any other; else
+        all ranks have one, which skips more of the last (ours).
 
     Returns:
       float32 [..., K - 1]; none where each token has one expert, even if the empty array's last
@@ -145,7 +148,8 @@ def thresholds(ratio: np.ndarray, quantile: float = QUANTILE) -> np.ndarray:
         return np.zeros(ratio.shape, np.float32)
     if quantile == 0:
         return np.zeros(ratio.shape[:-1], np.float32)
-    place = quantile * (len(LEVELS) - 1)
-    low = int(place)
-    high = min(low + 1, len(LEVELS) - 1)
-    return ratio[..., low] + np.float32(place - low) * (ratio[..., high] - ratio[..., low])
+    if apart:
+        return np.quantile(ratio, quantile, axis=-1).astype(np.float32)
+    # Quantiles of each rank, an equal share of it between any two: together a sample of all ranks.
+    every = np.quantile(ratio, quantile, axis=(-2, -1))
+    return np.broadcast_to(every[..., None], ratio.shape[:-1]).astype(np.float32)

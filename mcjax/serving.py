@@ -308,7 +308,8 @@ def with_pruning(
             continue
         own = [statistics[routed.index(i)] for i in member.numbers]
         ratio = np.stack([each.ratio for each in own])
-        more = {"threshold": jnp.asarray(odp.thresholds(ratio, quantile))}
+        mu = odp.thresholds(ratio, quantile, apart=policy == "paper")
+        more = {"threshold": jnp.asarray(mu)}
         if policy == "affine":
             more["slope"] = jnp.asarray(np.stack([each.slope for each in own]), jnp.float32)
             more["intercept"] = jnp.asarray(np.stack([each.intercept for each in own]))

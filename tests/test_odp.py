@@ -79,6 +79,23 @@ def test_bad_values():
         with_pruning(None, {}, [], "best")
 
 
+def test_ranks_have_one_threshold_or_their_own():
+    """Either way the same share falls under it; of one rank after the first it is the same."""
+    random = np.random.default_rng(0)
+    weights = -np.sort(-random.dirichlet(np.ones(4) / 2, 20000), axis=-1)
+    every = weights[:, 1:] / weights[:, :1]
+    ratio = np.quantile(every, odp.LEVELS, axis=0).T
+    for apart in (False, True):
+        mu = odp.thresholds(ratio, 0.37, apart)
+        assert mu.shape == (3,)
+        skipped = 1 - np.asarray(odp.keep_mask(weights, mu))
+        assert abs(skipped[:, 1:].mean() - 0.37) < 0.005
+        shares = skipped[:, 1:].mean(axis=0)
+        assert np.allclose(shares, 0.37, atol=0.005) if apart else np.all(np.diff(shares) > 0.1)
+    one, own = (odp.thresholds(ratio[:1], 0.37, apart) for apart in (False, True))
+    np.testing.assert_allclose(one, own, rtol=1e-6)
+
+
 @pytest.mark.parametrize("policy", odp.POLICIES)
 def test_one_expert_a_token_leaves_none_to_skip(tmp_path, model_folder, text_file, policy):
     assert odp.thresholds(np.zeros((0, 101))).shape == (0,)
