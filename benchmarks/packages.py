@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -145,13 +144,12 @@ def main() -> None:
     arguments = parser.parse_args()
     out: dict[str, Any] = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
     for name in arguments.networks:
-        start = time.perf_counter()
         try:
             made = NETWORKS[name]()
         except ImportError as error:
             print(f"{name}: left out, {error}", flush=True)
             continue
-        out[name] = measured(*made) | {"seconds": time.perf_counter() - start}
+        out[name] = measured(*made)
         print(name, json.dumps(out[name], indent=1), flush=True)
         if arguments.out:
             arguments.out.write_text(json.dumps(out, indent=1) + "\n")

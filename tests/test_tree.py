@@ -547,3 +547,14 @@ def test_tables_of_any_network_train(uneven):
     np.testing.assert_allclose(got, function(tune.apply(at, tuned), x), rtol=1e-3, atol=1e-3)
     with pytest.raises(ValueError, match="'gone' is no array"):
         tune.init(at, ["gone"])
+
+
+def test_what_qwix_quantised():
+    qwix = pytest.importorskip("qwix")
+    params = {"kernel": weight(64, 8), "bias": weight(8)}
+    held = params | {"kernel": qwix.quantize(params["kernel"], "int4", channelwise_axes=[1])}
+    arrays = tree.from_qwix(held)
+    np.testing.assert_array_equal(arrays["kernel"], qwix.dequantize(held["kernel"]))
+    np.testing.assert_array_equal(arrays["bias"], params["bias"])
+    with pytest.raises(ValueError, match="kernel is quantised by qwix"):
+        tree.watch(lambda p, x: x @ p["kernel"], held, [weight(4, 64)])

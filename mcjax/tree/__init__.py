@@ -19,6 +19,7 @@ kernel    a weight as planes
 budgets   widths by what each weight costs at each
 serve     functions of trees with planes
 artifact  such trees on disk
+qwix      trees that qwix quantised
 once      weights that train as they will be served, at every width
 frozen    what once-QAT trained in layers of mcjax's own
 """
@@ -29,6 +30,7 @@ from mcjax.tree.artifact import KIND, load, save
 from mcjax.tree.budgets import allocate, costs, squared_change
 from mcjax.tree.frozen import freeze_tree
 from mcjax.tree.kernel import Kernel, dequantize_tree, slice_tree
+from mcjax.tree.qwix import from_qwix
 from mcjax.tree.rules import ALL, Leaf, Report, Rule, shrink
 from mcjax.tree.serve import serving
 from mcjax.tree.view import Layout
@@ -48,6 +50,7 @@ __all__ = [
     "dequantize_tree",
     "divergence",
     "freeze_tree",
+    "from_qwix",
     "load",
     "once",
     "save",

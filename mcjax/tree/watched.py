@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from mcjax.leaves import named
 from mcjax.tree.products import axes_of, patches, rows_of
 from mcjax.tree.program import Visitor, run
+from mcjax.tree.qwix import is_qwix
 from mcjax.tree.view import Layout, View, whole
 
 
@@ -97,8 +98,14 @@ def watch(
       `Watched` of every leaf by its path, such as "encoder/layer_0/kernel".
 
     Raises:
-      ValueError: if there is no batch.
+      ValueError: if there is no batch, or a leaf is quantised by qwix.
     """
+    refused = [n for n, leaf in zip(*named(params, is_qwix)[:2], strict=True) if is_qwix(leaf)]
+    if refused:
+        raise ValueError(
+            f"{refused[0]} is quantised by qwix: take mcjax.tree.from_qwix(params), and the "
+            "function of the network as it was"
+        )
     names, leaves, structure = named(params)
     seen: dict[str, Layout] = {}
     uses: dict[str, set[str]] = {}
