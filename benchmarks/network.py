@@ -80,7 +80,7 @@ def main() -> None:
     """Writes FILE.json."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--folds", type=int, default=3)
+    parser.add_argument("--folds", type=int, default=3, choices=(1, 2, 3))
     parser.add_argument("--steps", type=int, default=600, help="of training; a third for tuning")
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
     arguments = parser.parse_args()
@@ -148,10 +148,10 @@ def measured(module: nn.Module, fold: int, steps: int):
     quantizers = tree.once.init(params, watched, spec)
 
     def of_widths(both, x, y):
-        return sum(of_labels(tree.once.apply(*both, spec, k), x, y) for k in WIDTHS)
+        return sum(of_labels(tree.once.apply(*both, k), x, y) for k in WIDTHS)
 
     both = trained(of_widths, (params, quantizers), (x, y), steps, 1e-3)
-    planes = tree.once.freeze(*both, spec)
+    planes = tree.once.freeze(*both)
     for k in WIDTHS:
         at = tree.slice_tree(planes, k)
         yield f"{k} bits, trained once", nbytes(at), *served(at, *test)

@@ -6,8 +6,8 @@
 Small configurations with random weights, since nothing is downloaded. For each network: how many
 leaves there are and how many are planes, how far the served network is from the dequantised one,
 the change of its result at each width on inputs that were not watched, at 4 bits also with planes
-that were made blindly, and how far gradients by inputs are from the dequantised network's. `jit`,
-`vmap` and `scan` over the served network must agree. A package that is missing is told of.
+that were made blindly, and how far gradients by inputs are from the dequantised network's, under
+`jit`, and the result under `vmap` and `scan`. A package that is missing is told of.
 """
 
 from __future__ import annotations

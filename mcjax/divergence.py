@@ -17,4 +17,6 @@ def divergence(before: jax.Array, after: jax.Array) -> jax.Array:
       float32 [], the mean over all predictions.
     """
     expected, got = (jax.nn.log_softmax(a.astype(jnp.float32)) for a in (before, after))
-    return jnp.mean(jnp.sum(jnp.exp(expected) * (expected - got), axis=-1))
+    possible = expected > -jnp.inf  # what cannot be adds nothing, however unlikely it becomes
+    change = jnp.where(possible, expected, 0) - jnp.where(possible, got, 0)
+    return jnp.mean(jnp.sum(jnp.exp(expected) * change, axis=-1))

@@ -30,10 +30,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from mcjax.atomic import whole
-from mcjax.bitplane import BitPlanes, MixedPlanes
-from mcjax.leaves import named
+from mcjax.leaves import named, replaced, some
+from mcjax.models import weights
+from mcjax.models.decoder import Decoder
 from mcjax.ops import Adapted
-from mcjax.tree.kernel import Kernel
+from mcjax.tree.kernel import Kernel, holds_planes
 from mcjax.tree.view import Layout
 from mcjax.tree.watched import Watched
 
@@ -74,53 +75,68 @@ def init(
     rank: int = 8,
     pattern: str = "",
     watched: Mapping[str, Watched] | None = None,
+    decoder: Decoder | None = None,
     dtype: Any = jnp.float32,
 ) -> Adapters:
     """Adapters that change nothing yet: A is drawn, with variance 1 / d_in, and B is zero.
 
+    Weights that are planes have adapters: a loaded model's, or those that `mcjax.tree.shrink` made.
+    Of arrays one must know which are multiplied, and how.
+
     Args:
       key: for A.
-      params: a tree with planes: a loaded model's, or what `mcjax.tree.shrink` gives.
+      params: a tree.
       rank: of the change of every matrix.
       pattern: regular expression, searched in names; only weights that match have adapters.
-      watched: from `mcjax.tree.watch`, for arrays that something multiplies to have adapters too.
+      watched: from `mcjax.tree.watch`, of what multiplies arrays.
+      decoder: of a language model, for those of its weights that are arrays.
       dtype: of the factors.
 
     Raises:
-      ValueError: if the rank is less than 1, or no weight that matches can have an adapter.
+      ValueError: if the rank is less than 1, `watched` is of another tree, a weight has adapters
+        already, or no weight that matches can have one.
     """
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
-    names, leaves, _ = named(params, _is_weight)
+    names, leaves, _ = named(params, holds_planes)
+    if watched is not None and list(watched) != names:
+        other = some(sorted(set(watched) ^ set(names)))
+        raise ValueError(f"what was watched is another tree: they differ in {other}")
+    multiplied = set() if decoder is None else _multiplied(decoder)
     found: Adapters = {}
     for number, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
         if not re.search(pattern, name):
             continue
-        shape, layout = _matrices(leaf, None if watched is None else watched.get(name))
-        if shape is None:
+        _refuse_adapted(name, leaf)
+        if isinstance(leaf, Kernel):
+            shape, layout = leaf.planes.shape, leaf.layout
+        elif holds_planes(leaf) or name in multiplied:
+            shape, layout = leaf.shape, None
+        elif watched is not None and watched[name].refusal(leaf) is None:
+            layout = watched[name].found
+            shape = layout.matrices
+        else:
             continue
         *batch, d_in, d_out = shape
         draw = jax.random.normal(jax.random.fold_in(key, number), (*batch, d_in, rank), dtype)
         b = jnp.zeros((*batch, rank, d_out), dtype)
         found[name] = Adapter(a=draw * d_in**-0.5, b=b, layout=layout)
     if not found:
+        also = "" if watched is None else " or was seen to be multiplied"
         raise ValueError(
-            f"no weight matching {pattern!r} is planes"
-            + ("" if watched is None else " or was seen to be multiplied")
-            + f"; there are {', '.join(names[:4])}, ..."
+            f"no weight matching {pattern!r} is planes{also}: the tree has {some(names)}"
         )
     return found
 
 
-def _matrices(leaf: Any, seen: Watched | None) -> tuple[tuple[int, ...] | None, Layout | None]:
-    """What has factors of its own in a weight, and where it lies; None if nothing has."""
-    if isinstance(leaf, Kernel):
-        return leaf.planes.shape, leaf.layout
-    if isinstance(leaf, BitPlanes | MixedPlanes):
-        return leaf.shape, None
-    if seen is None or seen.layout is None or seen.uses:
-        return None, None
-    return seen.layout.matrices, seen.layout
+def _multiplied(decoder: Decoder) -> set[str]:
+    """The names of a language model's weights that planes can take."""
+    return {
+        "/".join(member.path + role.path)
+        for member in weights.members(decoder)
+        for role in weights.roles(member.layer, decoder.width)
+        if role.tap is not None
+    }
 
 
 def apply(params: Any, adapters: Adapters) -> Any:
@@ -134,14 +150,14 @@ def apply(params: Any, adapters: Adapters) -> Any:
       adapters: like what `init` gave.
 
     Raises:
-      ValueError: if a weight is missing or of another shape.
+      ValueError: if a weight is missing, of another shape, or has adapters already.
     """
 
     def of_one(leaf, adapter):
         if isinstance(leaf, Kernel):
             return replace(leaf, planes=_adapted(leaf.planes, adapter))
         if adapter.layout is not None:
-            return _changed(leaf, adapter)
+            return _changed(leaf, adapter, adapter.layout)
         return _adapted(leaf, adapter)
 
     return _each(params, adapters, of_one)
@@ -156,55 +172,57 @@ def merge(params: Any, adapters: Adapters) -> Any:
 
     Returns:
       A tree of which these weights are arrays of their own shape and dtype, float32 if they were
-      planes of a language model; what it computes is what `apply` does, to rounding.
+      planes of a language model; what it computes is what `apply` does, to rounding. A language
+      model computes with it without `act_bits`, which are for planes.
 
     Raises:
-      ValueError: if a weight is missing or of another shape.
+      ValueError: as in `apply`.
     """
 
     def of_one(leaf, adapter):
         if adapter.layout is not None:
             dense = leaf.dequantize() if isinstance(leaf, Kernel) else leaf
-            return _changed(dense, adapter)
-        kept = jnp.float32 if isinstance(leaf, BitPlanes | MixedPlanes) else leaf.dtype
+            return _changed(dense, adapter, adapter.layout)
+        kept = jnp.float32 if holds_planes(leaf) else leaf.dtype
         return _adapted(leaf, adapter).dequantize(kept)
 
     return _each(params, adapters, of_one)
 
 
 def _each(params: Any, adapters: Adapters, function: Any) -> Any:
-    names, leaves, structure = named(params, _is_weight)
-    missing = sorted(set(adapters) - set(names))
-    if missing:
-        raise ValueError(
-            f"there is no weight {missing[0]!r}; there are {', '.join(names[:4])}, ..."
-        )
-    made = list(leaves)
-    for n, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
-        if name not in adapters:
-            continue
-        adapter = adapters[name]
+    def one(name, leaf, adapter):
+        _refuse_adapted(name, leaf)
         wanted = adapter.matrices if adapter.layout is None else adapter.layout.shape
-        other = isinstance(leaf, Kernel) and leaf.layout != adapter.layout
-        if tuple(leaf.shape) != wanted or other:
+        if tuple(leaf.shape) != wanted:
             raise ValueError(
                 f"{name} has shape {tuple(leaf.shape)}, its adapter is for {wanted}: it was made "
                 "for another network"
             )
-        made[n] = function(leaf, adapter)
-    return jax.tree.unflatten(structure, made)
+        array = not holds_planes(leaf)
+        layout = adapter.layout if array else getattr(leaf, "layout", None)
+        if layout != adapter.layout:
+            raise ValueError(
+                f"{name} is multiplied as {layout}, its adapter is for {adapter.layout}: it was "
+                "made for another network"
+            )
+        return function(leaf, adapter)
+
+    return replaced(params, adapters, one, holds_planes)
+
+
+def _refuse_adapted(name: str, leaf: Any) -> None:
+    if isinstance(leaf, Adapted) or isinstance(getattr(leaf, "planes", None), Adapted):
+        raise ValueError(f"{name} has adapters already: merge them, or take the tree without")
 
 
 def _adapted(weight: Any, adapter: Adapter) -> Adapted:
     return Adapted(weight=weight, a=adapter.a, b=adapter.b)
 
 
-def _changed(weight: jax.Array, adapter: Adapter) -> jax.Array:
-    """An array of another shape, its matrices changed."""
-    change = jnp.matmul(adapter.a, adapter.b, precision="highest")
-    layout = adapter.layout
-    moved = change if layout is None else layout.to_weight(change)
-    return (weight + moved).astype(weight.dtype)
+def _changed(weight: jax.Array, adapter: Adapter, layout: Layout) -> jax.Array:
+    """An array in which matrices lie that the factors change."""
+    change = layout.to_weight(jnp.matmul(adapter.a, adapter.b, precision="highest"))
+    return (weight + change).astype(weight.dtype)
 
 
 def save(path: str | Path, adapters: Adapters) -> None:
@@ -216,7 +234,7 @@ def save(path: str | Path, adapters: Adapters) -> None:
     from safetensors.numpy import save_file
 
     tensors = {
-        f"{name}.{factor}": np.asarray(getattr(adapter, factor))
+        f"{name}.{factor}": np.ascontiguousarray(getattr(adapter, factor))
         for name, adapter in adapters.items()
         for factor in ("a", "b")
     }
@@ -251,7 +269,3 @@ def load(path: str | Path) -> Adapters:
         name: Adapter(a=tensors[f"{name}.a"], b=tensors[f"{name}.b"], layout=layouts.get(name))
         for name in names
     }
-
-
-def _is_weight(leaf: Any) -> bool:
-    return isinstance(leaf, BitPlanes | MixedPlanes | Kernel)

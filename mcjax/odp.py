@@ -12,7 +12,7 @@ protects it (ours).
 What takes a skipped expert's place is the policy:
 
 * ``"paper"``: nothing, and the remaining weights are scaled to the sum that all had. Of more than
-  two experts each rank has its own median.
+  two experts each rank has a mu of its own, at one quantile.
 * ``"affine"`` (ours, the default): an estimate of the expert's output from that of the token's
   first expert, ``f_e(x) = intercept_e + slope_e f_first(x)``, under the expert's own weight. One
   vector and one number for each expert, fitted on calibration text. All ranks have one mu. On one

@@ -86,7 +86,7 @@ def solve(
         total = budget.limit - fixed
         if total < low:
             raise ValueError(
-                f"a budget of {budget.limit} bytes is not feasible: this artifact is served from "
+                f"a budget of {budget.limit} bytes is not feasible: what is stored is served from "
                 f"{fixed + low} to {fixed + high} bytes"
             )
     else:

@@ -20,6 +20,7 @@ from mcjax.models import weights
 from mcjax.models.decoder import Decoder, Routed
 from mcjax.models.language_model import LanguageModel
 from mcjax.notes import note
+from mcjax.ops import Adapted
 
 ATTENTION_BITS = 4
 
@@ -65,7 +66,7 @@ class Model:
     @property
     def _shared_out(self) -> list[Any]:
         """The weights that a budget is about."""
-        return weights.expert_weights(self.module.decoder, self.params)
+        return list(map(_plain, weights.expert_weights(self.module.decoder, self.params)))
 
     @property
     def widths(self) -> dict[tuple[int, str], np.ndarray]:
@@ -78,7 +79,7 @@ class Model:
         found: dict[tuple[int, str], np.ndarray] = {}
         for member in weights.members(decoder):
             for tap, roles in weights.by_tap(member.layer, decoder.width).items():
-                held = weights.get(self.params, member.path + roles[0].path)
+                held = _plain(weights.get(self.params, member.path + roles[0].path))
                 if isinstance(held, BitPlanes):
                     held = weights.looked_up(held)
                 if not isinstance(held, MixedPlanes):
@@ -136,7 +137,11 @@ class Model:
 
         Returns:
           A new `Model`; this one stays as it is.
+
+        Raises:
+          ValueError: if it has adapters, or as `load`.
         """
+        refuse_adapters(self.params)
         held = self.widths
         reader = checkpoint.ArtifactReader(self.path)
         wanted = resolve_widths(reader, budget, bits, allocation, None, policy)
@@ -149,6 +154,20 @@ class Model:
             params=params,
             bytes_read=self.bytes_read + reader.bytes_read,
             expert_bytes_read=self.expert_bytes_read + reader.expert_bytes_read,
+        )
+
+
+def _plain(weight: Any) -> Any:
+    """A weight without the factors of `mcjax.lora`."""
+    return weight.weight if isinstance(weight, Adapted) else weight
+
+
+def refuse_adapters(params: Any) -> None:
+    """Raises ValueError if a weight has adapters, for what reads further planes of weights."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, Adapted))
+    if any(isinstance(leaf, Adapted) for leaf in leaves):
+        raise ValueError(
+            "the model has adapters: take it without, and apply them to what it becomes"
         )
 
 

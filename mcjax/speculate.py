@@ -28,7 +28,7 @@ from mcjax.models.language_model import LanguageModel
 from mcjax.models.recurrent import Recurrent
 from mcjax.ops import choice, device
 from mcjax.sampling import Sampling, allowed, filter_logits, sample
-from mcjax.serving import Model
+from mcjax.serving import Model, refuse_adapters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +81,7 @@ def self_draft(model: Model, bits: int, length: int = 4) -> Draft:
       ValueError: if `bits` is not a width of the artifact, or not below the widest expert's where
         the draft would differ in nothing else, or the length is below 1.
     """
+    refuse_adapters(model.params)
     reader = checkpoint.ArtifactReader(model.path, "model")
     stored = tuple(reader.manifest["statistics"]["bits"])
     if bits not in stored:

@@ -18,7 +18,7 @@ and for any other network, with planes from `mcjax.tree.shrink`:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,10 +29,10 @@ import numpy as np
 from mcjax import tables as tables_lib
 from mcjax.bitplane import BitPlanes, MixedPlanes
 from mcjax.divergence import divergence as logits_divergence
-from mcjax.leaves import named
+from mcjax.leaves import named, replaced, some
 from mcjax.models import weights
 from mcjax.models.decoder import Decoder
-from mcjax.tree.kernel import Kernel
+from mcjax.tree.kernel import Kernel, holds_planes
 
 Tuned = dict[str, dict[str, Any]]
 
@@ -43,22 +43,22 @@ def init(params: Any, others: Collection[str] | None = None) -> Tuned:
     Args:
       params: a tree with planes, a loaded model's or what `mcjax.tree.shrink` gives.
       others: the names of arrays that train too, such as those of `small`; None for every array of
-        floating-point numbers.
+        floating-point numbers, batch statistics too if they are in the tree.
 
     Returns:
-      `tables`, for every weight that is planes, by its name, one `{"steps", "offset"}` for each of
-      its stacks, see `mcjax.tables.to_parameters`, of its widest width; and `others` by their
-      names, float32.
+      `tables`, for every weight that is planes, by its name, a `{"steps", "offset"}` for its width
+      or, by experts, its widths, "k", see `mcjax.tables.to_parameters`; and `others` by their
+      names, float32. Of planes of several widths it is the widest, so slice them first.
 
     Raises:
-      ValueError: if no weight is planes, or a name of `others` is no array's.
+      ValueError: if no weight is planes, one has adapters, or a name of `others` is no array's.
     """
-    names, leaves, _ = named(params, _is_planes)
+    names, leaves, _ = named(params, holds_planes)
     held = dict(zip(names, leaves, strict=True))
     tables = {
-        name: [tables_lib.to_parameters(s.tables[-1], s.bits) for s in _stacks(leaf)]
+        name: {str(k): tables_lib.to_parameters(t, k) for k, t in _tables(name, leaf).items()}
         for name, leaf in held.items()
-        if _is_planes(leaf)
+        if holds_planes(leaf)
     }
     if not tables:
         raise ValueError("all weights are dense, not planes; there are no tables to tune")
@@ -67,9 +67,7 @@ def init(params: Any, others: Collection[str] | None = None) -> Tuned:
         others = [n for n, a in arrays.items() if jnp.issubdtype(jnp.result_type(a), jnp.floating)]
     missing = sorted(set(others) - set(arrays))
     if missing:
-        raise ValueError(
-            f"{missing[0]!r} is no array; there are {', '.join(list(arrays)[:4])}, ..."
-        )
+        raise ValueError(f"{missing[0]!r} is no array: the tree has {some(arrays)}")
     return {
         "tables": tables,
         "others": {name: jnp.asarray(arrays[name], jnp.float32) for name in others},
@@ -98,10 +96,13 @@ def apply(params: Any, tuned: Tuned) -> Any:
       tuned: like what it gave.
 
     Returns:
-      A tree of arrays for the same function, for a language model without `act_bits`, which are for
-      planes.
+      A tree of arrays of the types that they had, for the same function; for a language model
+      without `act_bits`, which are for planes.
+
+    Raises:
+      ValueError: if `tuned` is of another tree or of other widths.
     """
-    return _each(params, tuned, _dense, lambda leaf, value: value)
+    return _each(params, tuned, _dense)
 
 
 def write(params: Any, tuned: Tuned) -> Any:
@@ -115,18 +116,26 @@ def write(params: Any, tuned: Tuned) -> Any:
       A tree with the same planes, and of their tables those that were tuned; what it computes is
       what `apply` does.
     """
-    return _each(params, tuned, _with_tables, lambda leaf, value: value.astype(leaf.dtype))
+    return _each(params, tuned, _with_tables)
 
 
-def _each(params: Any, tuned: Tuned, of_planes: Any, of_others: Any) -> Any:
-    names, leaves, structure = named(params, _is_planes)
+def _each(params: Any, tuned: Tuned, of_planes: Any) -> Any:
+    def of_tables(name, leaf, tables):
+        like = {str(k): tables_lib.to_parameters(t, k) for k, t in _tables(name, leaf).items()}
+        if jax.tree.map(jnp.shape, like) != jax.tree.map(jnp.shape, tables):
+            raise ValueError(
+                f"what was tuned of {name} is for widths {', '.join(tables)} or another weight: "
+                f"this one has widths {', '.join(like)}"
+            )
+        return of_planes(leaf, tables)
 
-    def one(name, leaf):
-        if name in tuned["tables"]:
-            return of_planes(leaf, tuned["tables"][name])
-        return of_others(leaf, tuned["others"][name]) if name in tuned["others"] else leaf
-
-    return jax.tree.unflatten(structure, [one(*pair) for pair in zip(names, leaves, strict=True)])
+    made = replaced(params, tuned["tables"], of_tables, holds_planes)
+    return replaced(
+        made,
+        tuned["others"],
+        lambda _, leaf, value: value.astype(jnp.result_type(leaf)),
+        holds_planes,
+    )
 
 
 def divergence(
@@ -146,17 +155,26 @@ def divergence(
     return logits_divergence(target, logits)
 
 
-def _is_planes(leaf: Any) -> bool:
-    return isinstance(leaf, BitPlanes | MixedPlanes | Kernel)
+def _stacks(leaf: Any) -> Sequence[BitPlanes]:
+    """The stacks of a weight that is planes, each of a width of its own."""
+    if isinstance(leaf, Kernel):
+        return _stacks(leaf.planes)
+    if isinstance(leaf, MixedPlanes):
+        return leaf.stacks
+    if isinstance(leaf, BitPlanes):
+        return (leaf,)
+    raise ValueError("a weight has adapters: tune tables without them, or merge them")
 
 
-def _stacks(weight: Any) -> Sequence[BitPlanes]:
-    if isinstance(weight, Kernel):
-        return _stacks(weight.planes)
-    return weight.stacks if isinstance(weight, MixedPlanes) else (weight,)
+def _tables(name: str, leaf: Any) -> dict[int, jax.Array]:
+    """The table of each stack's widest width, by the width."""
+    try:
+        return {stack.bits: stack.tables[-1] for stack in _stacks(leaf)}
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
-def _dense(weight: Any, tables: Sequence[Any]) -> jax.Array:
+def _dense(weight: Any, tables: Mapping[str, Any]) -> jax.Array:
     if isinstance(weight, Kernel):
         return weight.layout.to_weight(_dense(weight.planes, tables)).astype(weight.dtype)
 
@@ -164,18 +182,18 @@ def _dense(weight: Any, tables: Sequence[Any]) -> jax.Array:
     def values(stack, table):
         return stack.values(*tables_lib.decode_parameters(table, stack.bits))
 
-    made = [values(s, t) for s, t in zip(_stacks(weight), tables, strict=True)]
+    made = [values(stack, tables[str(stack.bits)]) for stack in _stacks(weight)]
     if isinstance(weight, BitPlanes):
         return made[0]
     starts = jnp.asarray(np.cumsum([0] + [len(stack) for stack in made])[:-1])
     return jnp.concatenate(made)[starts[weight.stack] + weight.slot]
 
 
-def _with_tables(weight: Any, tables: Sequence[Any]) -> Any:
+def _with_tables(weight: Any, tables: Mapping[str, Any]) -> Any:
     if isinstance(weight, Kernel):
         return replace(weight, planes=_with_tables(weight.planes, tables))
-    stacks = [
-        replace(stack, tables=(*stack.tables[:-1], tables_lib.from_parameters(table, stack.bits)))
-        for stack, table in zip(_stacks(weight), tables, strict=True)
-    ]
+    stacks = []
+    for stack in _stacks(weight):
+        table = tables_lib.from_parameters(tables[str(stack.bits)], stack.bits)
+        stacks.append(replace(stack, tables=(*stack.tables[:-1], table)))
     return replace(weight, stacks=tuple(stacks)) if isinstance(weight, MixedPlanes) else stacks[0]

@@ -1,5 +1,7 @@
 """Adapters of planes and of arrays: what they add, what trains, what is kept."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,8 @@ from test_qat import weight
 from test_tree import reference
 
 import mcjax
-from mcjax import lora, tree
+from mcjax import lora, tree, tune
+from mcjax.leaves import replaced
 from mcjax.ops import Adapted, dense
 
 
@@ -75,6 +78,8 @@ def test_a_language_model_at_every_width(artifact, model_folder, tokens):
     models.append(mcjax.load(model_folder))  # of 16 bits, to which merging rounds
     adapters = lora.init(jax.random.key(0), models[0].params, rank=3)
     assert set(name.split("/")[-1] for name in adapters) == {"qkv", "o", "gate", "up", "down"}
+    dense, decoder = models[-1].params, models[0].module.decoder
+    assert set(lora.init(jax.random.key(0), dense, decoder=decoder)) == set(adapters)
     for model in models:
         same = run(model.module, lora.apply(model.params, adapters), tokens)
         np.testing.assert_allclose(same, model(tokens), rtol=1e-4, atol=1e-4)
@@ -126,9 +131,14 @@ def test_any_network(name):
         expected = function(lora.merge(at, moved), x)
         np.testing.assert_allclose(served(lora.apply(at, moved), x), expected, rtol=1e-3, atol=1e-3)
         assert jnp.abs(expected - served(at, x)).max() > 1e-3
-    np.testing.assert_allclose(
-        function(lora.apply(params, moved), x), function(lora.merge(params, moved), x)
+    one = next(iter(moved))  # the network as it was: by hand, and by its own face
+    adapter = moved[one]
+    plain = replaced(
+        params, {one: adapter.layout.to_weight(adapter.a @ adapter.b)}, lambda _, w, c: w + c
     )
+    expected = function(plain, x)
+    got = function(lora.apply(params, {one: adapter}), x)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
     gradient = jax.grad(lambda f: jnp.sum(jnp.sin(served(lora.apply(at, f), x))))(adapters)
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
     assert all(jnp.any(adapter.b) for adapter in gradient.values())
@@ -137,7 +147,12 @@ def test_any_network(name):
 def test_kept_and_read(tmp_path):
     function, params, (x, _) = reference("recurrent")
     planes, _ = tree.shrink(params, tree.watch(function, params, [x]))
-    adapters = drawn(lora.init(jax.random.key(0), planes, rank=2))
+    adapters = drawn(lora.init(jax.random.key(0), planes, rank=2, dtype=jnp.bfloat16))
+    turned = next(iter(adapters))  # what NumPy turns round lies in memory as it lay
+    a = np.asarray(adapters[turned].a)
+    adapters[turned] = dataclasses.replace(
+        adapters[turned], a=np.moveaxis(np.moveaxis(a, -1, -2).copy(), -1, -2)
+    )
     lora.save(tmp_path / "one.safetensors", adapters)
     kept = lora.load(tmp_path / "one.safetensors")
     assert jax.tree.structure(kept) == jax.tree.structure(adapters)
@@ -154,13 +169,21 @@ def test_what_does_not_fit_is_refused(artifact, model_folder):
     key, plain = jax.random.key(0), mcjax.load(model_folder).params
     adapters = lora.init(key, model.params, rank=2)
     name = next(iter(adapters))
+    adapted = lora.apply(model.params, adapters)
+    with_adapters = dataclasses.replace(model, params=adapted)
+    assert with_adapters.average_bits == 1
     wrong = lora.Adapter(a=jnp.zeros((2, 5, 2)), b=jnp.zeros((2, 2, 5)))
     for message, call in (
         ("rank must be at least 1, got 0", lambda: lora.init(key, model.params, rank=0)),
         (r"no weight matching 'q\$' is planes", lambda: lora.init(key, model.params, pattern="q$")),
         ("no weight matching '' is planes", lambda: lora.init(key, plain)),
-        ("there is no weight 'gone'", lambda: lora.apply(model.params, {"gone": wrong})),
+        ("there is no leaf 'gone'", lambda: lora.apply(model.params, {"gone": wrong})),
         ("its adapter is for", lambda: lora.apply(model.params, {name: wrong})),
+        ("has adapters already", lambda: lora.apply(adapted, adapters)),
+        ("has adapters already", lambda: lora.init(key, adapted)),
+        ("tune tables without", lambda: tune.init(adapted)),
+        ("the model has adapters", lambda: with_adapters.refine(bits=2)),
+        ("save the tree without", lambda: tree.save(artifact.parent / "never", adapted)),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             call()

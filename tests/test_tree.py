@@ -476,6 +476,11 @@ def test_budgets_follow_costs(uneven, tmp_path):
         ("budget 5.0 is not feasible", lambda: tree.allocate(planes, costs, 5)),
         ("a budget of 100 bytes is not", lambda: tree.allocate(planes, costs, "100B")),
         ("costs are of other weights", lambda: tree.allocate(planes, {}, 2)),
+        ("b/kernel has widths", lambda: tree.allocate(planes, costs | {"b/kernel": [1.0]}, 2)),
+        ("finite numbers", lambda: tree.allocate(planes, costs | {"b/kernel": 4 * [np.nan]}, 2)),
+        ("no weight of the tree", lambda: tree.allocate(params, {}, 2)),
+        ("b/kernel has widths", lambda: tree.slice_tree(planes, {"a/kernel": 1, "b/kernel": 5})),
+        ("gives no floating-point", lambda: tree.costs(lambda *_: 1, params, planes, [x])),
         ("widths of other weights", lambda: tree.slice_tree(planes, {"a/kernel": 2})),
         ("widths of other weights", lambda: tree.load(tmp_path / "net", {"a/kernel": 2})),
         ("there is no batch", lambda: tree.costs(function, params, planes, [])),
@@ -495,7 +500,7 @@ def test_training_once_for_every_width(uneven):
     @jax.jit
     def step(both, state):
         def loss(both):
-            given = [tree.once.apply(*both, spec, bits) for bits in spec.widths]
+            given = [tree.once.apply(*both, bits) for bits in spec.widths]
             return sum(jnp.mean((function(p, x) - target) ** 2) for p in given)
 
         value, gradient = jax.value_and_grad(loss)(both)
@@ -510,25 +515,35 @@ def test_training_once_for_every_width(uneven):
         values.append(float(value))
     assert values[-1] < 0.7 * values[0]
     assert all(jnp.any(leaf) for leaf in jax.tree.leaves(gradient[1]["b/kernel"].tables))
-    planes = tree.once.freeze(*both, spec)
+    planes = tree.once.freeze(*both)
     for bits in spec.widths:
         served = tree.serving(function)(tree.slice_tree(planes, bits), x)
-        expected = function(tree.once.apply(*both, spec, bits), x)
+        expected = function(tree.once.apply(*both, bits), x)
         np.testing.assert_allclose(served, expected, rtol=1e-3, atol=1e-3)
     again = tree.once.of_planes(planes)
     assert jax.tree.structure(again) == jax.tree.structure(quantizers)
-    with pytest.raises(ValueError, match="no weight matching 'q' was seen"):
+    # Planes of groups of their own: what trains from them begins as what they serve.
+    wide = {"kernel": jnp.concatenate([weight(128, 8), 20 * weight(128, 8)])}
+    seen = tree.watch(lambda p, x: x @ p["kernel"], wide, [weight(4, 256)])
+    planes, _ = tree.shrink(wide, {"kernel": seen["kernel"]._replace(gram=None)})
+    dense, own = tree.dequantize_tree(planes), tree.once.of_planes(planes)
+    assert own["kernel"].spec.group_size == 128
+    begun = tree.once.apply(dense, own, 4)["kernel"]
+    for half in (slice(128), slice(128, None)):
+        apart = jnp.linalg.norm((begun - dense["kernel"])[half])
+        assert apart < 0.2 * jnp.linalg.norm(dense["kernel"][half])
+    with pytest.raises(ValueError, match="no weight matching 'q' can be planes"):
         tree.once.init(params, watched, spec, "q")
-    with pytest.raises(ValueError, match="there is no 'a/kernel'"):
-        tree.once.apply({"b": params["b"]}, quantizers, spec, 2)
+    with pytest.raises(ValueError, match="there is no leaf 'a/kernel'"):
+        tree.once.apply({"b": params["b"]}, quantizers, 2)
 
 
 def test_tables_of_any_network_train(uneven):
     """With what is not planes, and back into tables; nobody meets `float0`."""
     function, params, x, watched, _ = uneven
     blind = {name: one._replace(gram=None) for name, one in watched.items()}
-    at = tree.slice_tree(tree.shrink(params, blind)[0], 2)
-    target = function(params, x)
+    planes, _ = tree.shrink(params, blind)
+    at, target = tree.slice_tree(planes, 2), function(params, x)
     tuned = tune.init(at)
     assert set(tuned["others"]) == {"c"}
 
@@ -545,6 +560,8 @@ def test_tables_of_any_network_train(uneven):
     written = tune.write(at, tuned)
     got = tree.serving(function)(written, x)
     np.testing.assert_allclose(got, function(tune.apply(at, tuned), x), rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="a/kernel is for widths 2 or another weight"):
+        tune.apply(tree.slice_tree(planes, 3), tuned)
     with pytest.raises(ValueError, match="'gone' is no array"):
         tune.init(at, ["gone"])
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from mcjax import odp
+from mcjax.bitplane import Planes
 from mcjax.models.decoder import Activation, Dense, Routed, Routing
 from mcjax.models.norms import rms_norm
 from mcjax.ops import aligned, choice, device, dot, expert_map, expert_rows_dot
@@ -194,6 +195,7 @@ def apply_experts(
         and platform == "gpu"
         and spec.activation == Activation()
         and not spec.bias
+        and all(isinstance(weights[name], Planes) for name in ("gate", "up", "down"))
         and not weights["down"].rotated  # it rounds hidden features as they come
     ):
         from mcjax.ops import dp4a  # what it needs of Pallas is slow to import

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from mcjax import bitplane, qat
 from mcjax.bitplane import BitPlanes
+from mcjax.ops import dense
 from mcjax.qat.quantizer import QuantSpec
 
 HE_NORMAL = nn.initializers.he_normal()
@@ -106,7 +107,7 @@ class Dense(nn.Module):
         shape = (x.shape[-1], self.features)
         w = kernel(self, shape, self.spec, self.bits, self.kernel_init)
         x = activations(self, x, self.spec, self.bits, (-1,))
-        y = jnp.dot(x, w.dequantize(x.dtype) if isinstance(w, BitPlanes) else w.astype(x.dtype))
+        y = jnp.dot(x, dense(w, x.dtype))
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
         return y
@@ -139,11 +140,9 @@ class Conv(nn.Module):
         shape = (*self.kernel_size, x.shape[-1], self.features)
         w = kernel(self, shape, self.spec, self.bits)
         x = activations(self, x, self.spec, self.bits, (1, 2, 3))
-        if isinstance(w, BitPlanes):
-            w = w.dequantize(x.dtype).reshape(shape)
         y = jax.lax.conv_general_dilated(
             x,
-            w.astype(x.dtype),
+            dense(w, x.dtype).reshape(shape),
             (self.strides, self.strides),
             self.padding,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),

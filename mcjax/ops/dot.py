@@ -31,7 +31,7 @@ class Shifted(NamedTuple):
     shift: jax.Array
 
 
-def dense(weight: Weight | Adapted, dtype=jnp.float32) -> jax.Array:
+def dense(weight: Weight, dtype=jnp.float32) -> jax.Array:
     """The weight as an array [..., d_in, d_out] of `dtype`, dequantised if it is planes."""
     if isinstance(weight, BitPlanes | MixedPlanes | Adapted):
         return weight.dequantize(dtype)
@@ -55,7 +55,7 @@ def aligned(x: jax.Array, *weights: Weight) -> tuple[jax.Array, tuple[Weight, ..
 
 def dot(
     x: jax.Array,
-    planes: Weight | Shifted | Adapted,
+    planes: Weight | Shifted,
     act_bits: int | None = None,
     product: str | None = None,
 ) -> jax.Array:

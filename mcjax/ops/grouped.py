@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 from mcjax.bitplane import BitPlanes, MixedPlanes
+from mcjax.ops.adapted import Adapted
 from mcjax.ops.linear import alike, linear
 
-Weight = jax.Array | BitPlanes | MixedPlanes
+Weight = jax.Array | BitPlanes | MixedPlanes | Adapted
 
 
 def expert_map(
@@ -145,13 +147,20 @@ def _expert_map(function, block, weights, x, index, keep):
     return _unsorted(_loop(groups, block, weights, visit, out), groups, keep)
 
 
-@_expert_map.defjvp
+@partial(_expert_map.defjvp, symbolic_zeros=True)
 def _jvp(function, block, primals, tangents):
     leaves = jax.tree.leaves(primals[0])
-    # Of dense weights and biases there are derivatives, of planes and their places there are none.
-    moving = tuple(i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact))
-    changes = jax.tree.leaves(tangents[0])
-    operand = [changes[i] for i in moving], tangents[1]
+    changes = jax.tree.leaves(tangents[0], is_leaf=lambda t: isinstance(t, SymbolicZero))
+    # Of planes and their places there are no derivatives, and of weights that stay none are wanted.
+    moving = tuple(
+        i
+        for i, (leaf, change) in enumerate(zip(leaves, changes, strict=True))
+        if jnp.issubdtype(leaf.dtype, jnp.inexact) and not isinstance(change, SymbolicZero)
+    )
+    of_rows = tangents[1]
+    if isinstance(of_rows, SymbolicZero):
+        of_rows = jnp.zeros_like(primals[1])
+    operand = [changes[i] for i in moving], of_rows
     forward = partial(_change, function, block, moving)
     backward = partial(_transpose, function, block, moving)
     return _expert_map(function, block, *primals), linear(forward, backward, primals, operand)

@@ -17,11 +17,11 @@ import numpy as np
 
 from mcjax import checkpoint
 from mcjax.atomic import whole
-from mcjax.bitplane import BitPlanes
-from mcjax.leaves import named
+from mcjax.bitplane import BitPlanes, MixedPlanes
+from mcjax.leaves import named, some
 from mcjax.models.weights import put
 from mcjax.ops import Adapted
-from mcjax.tree.kernel import Kernel
+from mcjax.tree.kernel import Kernel, holds_planes
 from mcjax.tree.view import Layout
 
 KIND = "tree"
@@ -44,15 +44,17 @@ def save(path: str | Path, tree: Any, note: Any = None) -> None:
     path = Path(path).absolute()
     if path.exists():
         raise ValueError(f"{path} exists; remove it or choose another place")
-    names, leaves, _ = named(tree, _is_planes)
+    names, leaves, _ = named(tree, holds_planes)
     twice = next((name for n, name in enumerate(names) if name in names[:n]), None)
     if twice is not None:
         raise ValueError(f"two leaves are named {twice!r}")
     geometry, held = {}, {}
-    for name, leaf in zip(map(_stored, names), leaves, strict=True):
+    for shown, name, leaf in zip(names, map(_stored, names), leaves, strict=True):
         held[name] = planes = leaf.planes if isinstance(leaf, Kernel) else leaf
         if isinstance(planes, Adapted):
-            raise ValueError(f"{name} has adapters: save the tree without, and these by lora.save")
+            raise ValueError(f"{shown} has adapters: save the tree without, and these by lora.save")
+        if isinstance(planes, MixedPlanes):
+            raise ValueError(f"{shown} has matrices of several widths, which are not kept")
         if isinstance(planes, BitPlanes):
             geometry[name] = {
                 "d_in": planes.d_in,
@@ -94,8 +96,8 @@ def load(path: str | Path, bits: int | Mapping[str, int] | None = None, like: An
     values = reader.read((KIND, name, None) for name in dense)
     leaves: dict[str, Any] = {n: jnp.asarray(v) for n, v in zip(dense, values, strict=True)}
     if isinstance(bits, Mapping) and set(map(_stored, bits)) != set(geometry):
-        other = sorted(set(map(_stored, bits)) ^ set(geometry))[:4]
-        raise ValueError(f"widths of other weights: {other}")
+        other = map(_name, sorted(set(map(_stored, bits)) ^ set(geometry)))
+        raise ValueError(f"widths of other weights: they differ in {some(other)}")
     for name, shape in geometry.items():
         widths = tuple(shape["widths"])
         wanted = bits[_name(name)] if isinstance(bits, Mapping) else bits
@@ -111,10 +113,10 @@ def load(path: str | Path, bits: int | Mapping[str, int] | None = None, like: An
         for name, leaf in leaves.items():
             put(tree, tuple(map(unquote, name.split("."))), leaf)
         return tree
-    names, _, structure = named(like, _is_planes)
+    names, _, structure = named(like, holds_planes)
     if set(map(_stored, names)) != set(leaves):
-        other = sorted(set(map(_stored, names)) ^ set(leaves))[:4]
-        raise ValueError(f"{path} holds another tree than `like`: they differ in {other}")
+        other = map(_name, sorted(set(map(_stored, names)) ^ set(leaves)))
+        raise ValueError(f"{path} holds another tree than `like`: they differ in {some(other)}")
     return jax.tree.unflatten(structure, [leaves[_stored(name)] for name in names])
 
 
@@ -130,7 +132,3 @@ def _name(stored: str) -> str:
 
 def _kernel(planes: BitPlanes, kept: Mapping[str, Any]) -> Kernel:
     return Kernel(planes=planes, layout=Layout.of_json(kept), dtype=jnp.dtype(kept["dtype"]))
-
-
-def _is_planes(leaf: Any) -> bool:
-    return isinstance(leaf, BitPlanes | Kernel)

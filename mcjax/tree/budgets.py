@@ -16,17 +16,29 @@ import jax.numpy as jnp
 import numpy as np
 
 from mcjax import programme
-from mcjax.leaves import named
+from mcjax.leaves import named, some
 from mcjax.tree.kernel import Kernel, is_kernel
 
 
 def squared_change(before: Any, after: Any) -> jax.Array:
-    """``|after - before|^2 / |before|^2`` over all arrays of floating-point numbers together."""
+    """``|after - before|^2 / |before|^2`` over all arrays of floating-point numbers together.
+
+    Raises:
+      ValueError: if there are none.
+    """
     pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
-    floats = [(b, a) for b, a in pairs if jnp.issubdtype(b.dtype, jnp.floating)]
-    change = sum(jnp.sum(jnp.square((a - b).astype(jnp.float32))) for b, a in floats)
-    size = sum(jnp.sum(jnp.square(b.astype(jnp.float32))) for b, _ in floats)
-    return jnp.asarray(change / jnp.maximum(size, 1e-30))
+    floats = [(b, a) for b, a in pairs if jnp.issubdtype(b.dtype, jnp.inexact)]
+    if not floats:
+        raise ValueError("the function gives no floating-point numbers; give a distance of its own")
+
+    def size(a):
+        return jnp.sum(jnp.square(jnp.abs(a)))
+
+    def wide(a):
+        return a.astype(jnp.promote_types(a.dtype, jnp.float32))
+
+    change = sum(size(wide(a) - wide(b)) for b, a in floats)
+    return jnp.asarray(change / jnp.maximum(sum(size(wide(b)) for b, _ in floats), 1e-30))
 
 
 def costs(
@@ -52,16 +64,16 @@ def costs(
       By the names of weights float64 [widths], ascending width.
 
     Raises:
-      ValueError: if no weight is planes, or there is no batch.
+      ValueError: if no weight is planes, they are those of another tree, there is no batch, or a
+        distance is not finite.
     """
     names, leaves, structure = named(params)
-    held = dict(zip(*named(planes, is_kernel)[:2], strict=True))
-    batches = list(batches)
+    batches, kernels = list(batches), _kernels(planes)
     if not batches:
         raise ValueError("there is no batch to measure costs on")
-    kernels = {name: leaf for name, leaf in held.items() if is_kernel(leaf)}
-    if not kernels:
-        raise ValueError("no weight of the tree is planes")
+    missing = sorted(set(kernels) - set(names))
+    if missing:
+        raise ValueError(f"planes are of another tree: params has no {missing[0]}")
 
     @jax.jit
     def measure(leaves, batch, before):
@@ -84,6 +96,7 @@ def costs(
                 for dense in (kernels[name].slice(k).dequantize() for k in kernels[name].widths)
             ]
         )
+        _check(name, kernels[name], found[name])
     return found
 
 
@@ -100,13 +113,15 @@ def allocate(planes: Any, costs: Mapping[str, np.ndarray], budget: float | str) 
       Widths by name, for `mcjax.tree.slice_tree`.
 
     Raises:
-      ValueError: if the budget cannot be met, or costs are of other weights.
+      ValueError: if the budget cannot be met, no weight is planes, or costs are of other weights or
+        widths or not finite.
     """
-    names, leaves, _ = named(planes, is_kernel)
-    kernels = {name: leaf for name, leaf in zip(names, leaves, strict=True) if is_kernel(leaf)}
+    kernels = _kernels(planes)
     if set(costs) != set(kernels):
-        other = sorted(set(costs) ^ set(kernels))[:4]
+        other = some(sorted(set(costs) ^ set(kernels)))
         raise ValueError(f"costs are of other weights: they differ in {other}")
+    for name, kernel in kernels.items():
+        _check(name, kernel, np.asarray(costs[name]))
     wanted = programme.parse(budget)
     in_bytes = isinstance(wanted, programme.Bytes)
     widths = sorted({k for kernel in kernels.values() for k in kernel.widths})
@@ -117,16 +132,33 @@ def allocate(planes: Any, costs: Mapping[str, np.ndarray], budget: float | str) 
             column = widths.index(k)
             cost[row, column] = np.asarray(costs[name])[place]
             size[row, column] = _bytes(kernel, k) if in_bytes else k * math.prod(kernel.shape)
-    others = [leaf for leaf in leaves if not is_kernel(leaf)]
+    others = [leaf for leaf in jax.tree.leaves(planes, is_leaf=is_kernel) if not is_kernel(leaf)]
     chosen = programme.solve(
         cost,
         size,
         wanted,
         widths=widths,
         count=sum(math.prod(kernel.shape) for kernel in kernels.values()),
-        fixed=sum(jnp.asarray(leaf).nbytes for leaf in others),
+        fixed=sum(np.asarray(leaf).nbytes for leaf in others),
     )
     return {name: widths[k] for name, k in zip(kernels, chosen, strict=True)}
+
+
+def _kernels(planes: Any) -> dict[str, Kernel]:
+    """The weights that are planes, by name."""
+    names, leaves, _ = named(planes, is_kernel)
+    kernels = {name: leaf for name, leaf in zip(names, leaves, strict=True) if is_kernel(leaf)}
+    if not kernels:
+        raise ValueError("no weight of the tree is planes")
+    return kernels
+
+
+def _check(name: str, kernel: Kernel, cost: np.ndarray) -> None:
+    if cost.shape != (len(kernel.widths),) or not np.isfinite(cost).all():
+        raise ValueError(
+            f"{name} has widths {kernel.widths}, and their costs must be as many finite numbers; "
+            f"got {cost.tolist()}"
+        )
 
 
 def _bytes(kernel: Kernel, width: int) -> int:

@@ -9,8 +9,8 @@ from typing import Any
 
 import jax
 
-from mcjax.bitplane import BitPlanes
-from mcjax.leaves import named
+from mcjax.bitplane import BitPlanes, MixedPlanes
+from mcjax.leaves import named, replaced, some
 from mcjax.ops import Adapted
 from mcjax.tree.view import Layout
 
@@ -62,6 +62,11 @@ class Kernel:
         return f"Kernel(shape={self.shape}, matrices={self.planes.shape}, bits={self.bits})"
 
 
+def holds_planes(leaf: Any) -> bool:
+    """Whether a leaf is a weight as planes, of whatever kind, or one with factors beside it."""
+    return isinstance(leaf, Kernel | BitPlanes | MixedPlanes | Adapted)
+
+
 def is_kernel(leaf: Any) -> bool:
     """Whether a leaf is a `Kernel`."""
     return isinstance(leaf, Kernel)
@@ -71,26 +76,24 @@ def slice_tree(tree: Any, bits: int | Mapping[str, int]) -> Any:
     """Every weight that is planes at fewer bits.
 
     Args:
-      tree: with `Kernel`s or `BitPlanes`.
+      tree: with `Kernel`s or `BitPlanes`, with or without adapters.
       bits: one width for all, or each one's by its name, see `mcjax.tree.allocate`.
 
     Raises:
       ValueError: if a weight has no such width, or the names are not those of its weights.
     """
-
-    def is_planes(leaf):
-        return isinstance(leaf, BitPlanes | Kernel)
-
-    names, leaves, structure = named(tree, is_planes)
-    held = [name for name, leaf in zip(names, leaves, strict=True) if is_planes(leaf)]
+    names, leaves, _ = named(tree, holds_planes)
+    held = [name for name, leaf in zip(names, leaves, strict=True) if holds_planes(leaf)]
     widths = bits if isinstance(bits, Mapping) else dict.fromkeys(held, bits)
     if set(widths) != set(held):
-        raise ValueError(f"widths of other weights: {sorted(set(widths) ^ set(held))[:4]}")
-    made = [
-        leaf.slice(widths[name]) if is_planes(leaf) else leaf
-        for name, leaf in zip(names, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(structure, made)
+        raise ValueError(f"widths of other weights: they differ in {some(set(widths) ^ set(held))}")
+
+    def at(name, leaf, width):
+        if width not in leaf.widths:
+            raise ValueError(f"{name} has widths {leaf.widths}, not {width}")
+        return leaf.slice(width) if isinstance(leaf, Kernel) else leaf.at_width(width)
+
+    return replaced(tree, widths, at, holds_planes)
 
 
 def dequantize_tree(tree: Any) -> Any:

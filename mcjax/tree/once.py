@@ -3,19 +3,18 @@
 What is trained is a tree like the network's own and, beside it, quantisers: a table for each width
 of each weight, see `mcjax.qat`. The network itself is not touched; it is given other weights:
 
-    spec = qat.QuantSpec(widths=(8, 4, 2), act_bits=None)
-    quantizers = tree.once.init(params, watched, spec)
+    quantizers = tree.once.init(params, watched, qat.QuantSpec(widths=(8, 4, 2), act_bits=None))
 
     def loss(params, quantizers, batch, bits):
-        return ...function(tree.once.apply(params, quantizers, spec, bits), batch)...
+        return ...function(tree.once.apply(params, quantizers, bits), batch)...
 
-    planes = tree.once.freeze(params, quantizers, spec)
+    planes = tree.once.freeze(params, quantizers)
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,13 +23,13 @@ import jax
 import numpy as np
 
 from mcjax import qat
-from mcjax.leaves import named
+from mcjax.leaves import named, replaced, some
 from mcjax.tree.kernel import Kernel, is_kernel
 from mcjax.tree.view import Layout
 from mcjax.tree.watched import Watched
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["tables"], meta_fields=["layout"])
+@partial(jax.tree_util.register_dataclass, data_fields=["tables"], meta_fields=["layout", "spec"])
 @dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class Quantizer:
     """What makes codes of one weight.
@@ -38,10 +37,12 @@ class Quantizer:
     Attributes:
       tables: for each width, "k", what trains, see `mcjax.qat.init_quantizer`.
       layout: the weight as matrices.
+      spec: its widths and groups.
     """
 
     tables: dict[str, dict[str, jax.Array]]
     layout: Layout
+    spec: qat.QuantSpec
 
 
 Quantizers = dict[str, Quantizer]
@@ -60,49 +61,60 @@ def init(
       pattern: regular expression, searched in names; other weights train as they are.
 
     Raises:
-      ValueError: if `watched` is of another tree, the spec rounds activations, or no weight that
-        matches is multiplied.
+      ValueError: if `watched` is of another tree, the spec rounds activations, its groups do not
+        fit a weight, or no weight that matches can be planes.
     """
     if spec.act_bits is not None:
         raise ValueError(f"act_bits must be None here, where weights alone train, got {spec}")
     names, leaves, _ = named(params)
     if list(watched) != names:
-        other = sorted(set(watched) ^ set(names))[:4]
+        other = some(sorted(set(watched) ^ set(names)))
         raise ValueError(f"what was watched is another tree: they differ in {other}")
     found = {}
     for name, leaf in zip(names, leaves, strict=True):
-        layout, uses = watched[name].layout, watched[name].uses
-        if layout is None or uses or not re.search(pattern, name):
+        seen = watched[name]
+        if not re.search(pattern, name) or seen.refusal(leaf) is not None:
             continue
-        tables = qat.init_quantizer(layout.to_matrices(leaf), spec)
-        found[name] = Quantizer(tables=tables, layout=layout)
+        try:
+            tables = qat.init_quantizer(seen.found.to_matrices(leaf), spec)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        found[name] = Quantizer(tables=tables, layout=seen.found, spec=spec)
     if not found:
-        raise ValueError(f"no weight matching {pattern!r} was seen to be multiplied")
+        raise ValueError(
+            f"no weight matching {pattern!r} can be planes: the tree has {some(names)}"
+        )
     return found
 
 
 def of_planes(planes: Any) -> Quantizers:
     """Quantisers that begin with the tables of planes, those of `mcjax.tree.shrink` for instance.
 
-    For a spec of the same widths, groups and rotation; the weights may be those that the planes
-    were made of, or what they stand for.
+    The weights to train may be those that the planes were made of, or what these stand for. Planes
+    of single widths have no other tables to train.
     """
     names, leaves, _ = named(planes, is_kernel)
-    return {
-        name: Quantizer(tables=qat.from_planes(leaf.planes), layout=leaf.layout)
-        for name, leaf in zip(names, leaves, strict=True)
-        if is_kernel(leaf)
-    }
+    found = {}
+    for name, leaf in zip(names, leaves, strict=True):
+        if is_kernel(leaf):
+            spec = qat.QuantSpec(
+                widths=tuple(reversed(leaf.widths)),
+                group_size=leaf.planes.group_size,
+                act_bits=None,
+                rotated=leaf.planes.rotated,
+            )
+            tables = qat.from_planes(leaf.planes)
+            found[name] = Quantizer(tables=tables, layout=leaf.layout, spec=spec)
+    return found
 
 
-def apply(params: Any, quantizers: Quantizers, spec: qat.QuantSpec, bits: int) -> Any:
+def apply(params: Any, quantizers: Quantizers, bits: int) -> Any:
     """The network's weights as they will be served at a width, with gradients to both trees.
 
     Args:
       params: a tree of arrays.
       quantizers: from `init`.
-      spec: as given there.
-      bits: one of its widths.
+      bits: one of their widths.
 
     Returns:
       A tree like `params`.
@@ -111,36 +123,33 @@ def apply(params: Any, quantizers: Quantizers, spec: qat.QuantSpec, bits: int) -
       ValueError: if `bits` is not one of the widths, or quantisers are of other weights.
     """
 
-    def one(leaf, quantizer):
-        matrices = quantizer.layout.to_matrices(leaf)
-        return quantizer.layout.to_weight(qat.fake_quant(matrices, quantizer.tables, spec, bits))
+    def one(_, leaf, own):
+        matrices = own.layout.to_matrices(leaf)
+        return own.layout.to_weight(qat.fake_quant(matrices, own.tables, own.spec, bits))
 
-    return _each(params, quantizers, one)
+    return replaced(params, quantizers, one)
 
 
-def freeze(params: Any, quantizers: Quantizers, spec: qat.QuantSpec) -> Any:
+def freeze(params: Any, quantizers: Quantizers) -> Any:
     """What was trained, as planes of all widths: a tree for `mcjax.tree.serving`.
 
     Args:
       params: a tree of arrays.
       quantizers: from `init`.
-      spec: as given there.
     """
 
-    def one(leaf, quantizer):
-        planes = qat.freeze(quantizer.layout.to_matrices(leaf), quantizer.tables, spec)
-        return Kernel(planes=planes, layout=quantizer.layout, dtype=np.dtype(leaf.dtype))
+    def one(_, leaf, own):
+        planes = qat.freeze(own.layout.to_matrices(leaf), own.tables, own.spec)
+        return Kernel(planes=planes, layout=own.layout, dtype=np.dtype(leaf.dtype))
 
-    return _each(params, quantizers, one)
+    return replaced(params, quantizers, one)
 
 
-def _each(params: Any, quantizers: Quantizers, function: Callable[[Any, Quantizer], Any]) -> Any:
-    names, leaves, structure = named(params)
-    missing = sorted(set(quantizers) - set(names))
-    if missing:
-        raise ValueError(f"quantisers are of other weights: there is no {missing[0]!r}")
-    made = [
-        function(leaf, quantizers[name]) if name in quantizers else leaf
-        for name, leaf in zip(names, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(structure, made)
+def labels(params: Any, quantizers: Quantizers) -> tuple[Any, Quantizers]:
+    """Of both trees what each array is: "weight", "other" or "table", for `optax.multi_transform`.
+
+    Tables want a learning rate of their own, and weight decay is for weights alone.
+    """
+    plain = jax.tree.map(lambda _: "other", params)
+    of_weights = replaced(plain, quantizers, lambda *_: "weight")
+    return of_weights, jax.tree.map(lambda _: "table", quantizers)

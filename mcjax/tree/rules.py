@@ -158,17 +158,12 @@ def _one(name: str, leaf: jax.Array, seen: Watched, rule: Rule | None):
         return "no rule matches"
     if rule.bits is None:
         return f"rule {rule.pattern!r}"
-    if seen.layout is None:
-        return f"used by {', '.join(seen.uses)}, no product" if seen.uses else "not used"
-    if seen.uses:
-        return f"used by {', '.join(seen.uses)} too, not only by products"
-    if not leaf.size:
-        return "it is empty"
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        return f"its type is {leaf.dtype}"
+    why = seen.refusal(leaf)
+    if why is not None:
+        return why
     if leaf.size < rule.least:
         return f"{leaf.size} numbers, fewer than {rule.least}"
-    matrices = seen.layout.to_matrices(leaf)
+    matrices = seen.found.to_matrices(leaf)
     try:
         planes = quantize(
             matrices,
@@ -182,7 +177,7 @@ def _one(name: str, leaf: jax.Array, seen: Watched, rule: Rule | None):
         raise ValueError(f"{name}: {error}") from None
     if planes.nbytes >= leaf.nbytes:
         return f"{planes.nbytes} bytes as planes, {leaf.nbytes} as it is"
-    kernel = Kernel(planes=planes, layout=seen.layout, dtype=np.dtype(leaf.dtype))
+    kernel = Kernel(planes=planes, layout=seen.found, dtype=np.dtype(leaf.dtype))
     return kernel, _errors(matrices, planes, seen.gram)
 
 

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mcjax.bitplane import BitPlanes
+from mcjax.bitplane import BitPlanes, MixedPlanes
 from mcjax.leaves import named
-from mcjax.ops.dot import dot
+from mcjax.models.weights import split_stacks
+from mcjax.ops import Adapted, dot
 from mcjax.tree.kernel import is_kernel
 from mcjax.tree.products import axes_of, rows_of
 from mcjax.tree.program import Visitor, run
@@ -22,7 +23,7 @@ from mcjax.tree.view import Layout, View, arranged, whole
 class Held(NamedTuple):
     """What stands for a view: planes of the matrices that loops leave, and the whole's layout."""
 
-    planes: BitPlanes
+    planes: BitPlanes | MixedPlanes | Adapted
     layout: Layout
 
 
@@ -44,17 +45,22 @@ class Serve(Visitor):
             return None
         layout = held.layout
         have = (*layout.batch[depth + 1 :], *layout.inside, *layout.outside)
+        # Where a step has one matrix, it looks its own up: a slice of planes would be a copy.
+        last = depth + 1 == len(layout.batch)
+        over, together = split_stacks(held.planes) if last else (held.planes, lambda step: step)
 
-        def one(planes):
-            step = Held(planes, layout)
+        def one(step):
+            planes = together(step)
             loops = (*view.loops, *view.axes[0])
 
             def dense():
                 return arranged(planes.dequantize(view.dtype), have, view.axes[1:])
 
-            return replace(view, axes=view.axes[1:], dense=dense, held=step, loops=loops)
+            return replace(
+                view, axes=view.axes[1:], dense=dense, held=Held(planes, layout), loops=loops
+            )
 
-        return held.planes, one
+        return over, one
 
     def product(self, view: View, eqn: Any, other: jax.Array, first: bool) -> Any:
         """See `Visitor`."""

@@ -29,6 +29,25 @@ class Watched(NamedTuple):
     gram: jax.Array | None
     uses: tuple[str, ...]
 
+    def refusal(self, leaf: Any) -> str | None:
+        """Why this weight cannot be planes or have factors; None if it can."""
+        if self.layout is None:
+            return f"used by {', '.join(self.uses)}, no product" if self.uses else "not used"
+        if self.uses:
+            return f"used by {', '.join(self.uses)} too, not only by products"
+        if not leaf.size:
+            return "it is empty"
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return f"its type is {leaf.dtype}"
+        return None
+
+    @property
+    def found(self) -> Layout:
+        """The layout of a weight that something multiplies."""
+        if self.layout is None:
+            raise ValueError("nothing multiplies this weight")
+        return self.layout
+
 
 class Watch(Visitor):
     """Sums Gram matrices.
