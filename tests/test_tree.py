@@ -14,6 +14,7 @@ from test_qat import Net, weight
 import mcjax
 from mcjax import qat, tree, tune
 from mcjax.checkpoint import ArtifactReader
+from mcjax.notes import Note
 from mcjax.tree.kernel import is_kernel
 
 LAYERS = {
@@ -427,6 +428,24 @@ def test_bad_input(tmp_path, artifact):
         mcjax.load(tmp_path / "net")
     with pytest.raises(ValueError, match="holds another tree than `like`"):
         tree.load(tmp_path / "net", like={"layer": params["layer"]["kernel"]})
+
+
+def test_bare_functions_write_weights_out():
+    """And say so; where they cannot, they say what to do."""
+    x = weight(4, 64)
+    for function, params in (
+        linen(nn.Dense(48), x),
+        (lambda p, x: x @ p["kernel"], {"kernel": weight(64, 48)}),
+    ):
+        planes, _ = tree.shrink(params, tree.watch(function, params, [x]))
+        with pytest.warns(Note, match=r"mcjax.tree.serving\(function\) multiplies planes"):
+            bare = jax.jit(function)(planes, x)
+        expected = tree.serving(function)(planes, x)
+        np.testing.assert_allclose(bare, expected, rtol=1e-4, atol=1e-4)
+    function, params, (x, _) = reference("encoder")
+    planes, _ = tree.shrink(params, tree.watch(function, params, [x]))
+    with pytest.raises(ValueError, match="cut parameters apart"):
+        function(planes, x)
 
 
 def test_any_structure_is_kept(tmp_path):

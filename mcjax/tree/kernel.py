@@ -8,17 +8,23 @@ from functools import partial
 from typing import Any
 
 import jax
+from flax.core.meta import AxisMetadata
 
 from mcjax.bitplane import BitPlanes, MixedPlanes
 from mcjax.leaves import named, replaced, some
+from mcjax.notes import note
 from mcjax.ops import Adapted
 from mcjax.tree.view import Layout
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["planes"], meta_fields=["layout", "dtype"])
 @dataclass(frozen=True, kw_only=True, repr=False, eq=False)
-class Kernel:
+class Kernel(AxisMetadata):
     """A weight as bit planes of its matrices.
+
+    `mcjax.tree.serving` multiplies the planes. A function that knows nothing of them, such as a
+    bare `module.apply`, has the weight written out as an array and is told so; under Flax's own
+    `nn.scan` and `nn.vmap` it cannot.
 
     Attributes:
       planes: of shape [*batch, d_in, d_out]; with low-rank factors too, see `mcjax.lora`.
@@ -57,6 +63,27 @@ class Kernel:
     def dequantize(self) -> jax.Array:
         """The weight at its full width, of its own shape and dtype."""
         return self.layout.to_weight(self.planes.dequantize(self.dtype))
+
+    def __jax_array__(self) -> jax.Array:
+        note(f"{self} is written out as an array; mcjax.tree.serving(function) multiplies planes")
+        return self.dequantize()
+
+    def unbox(self) -> jax.Array:
+        """What a Flax module takes for the parameter: the weight as an array."""
+        return self.__jax_array__()
+
+    def replace_boxed(self, val: Any) -> Any:
+        """What takes the parameter's place: as it is."""
+        return val
+
+    def add_axis(self, index: int, params: dict[Any, Any]) -> Kernel:
+        """Refuses to be stacked by Flax's transformations."""
+        raise ValueError(
+            f"{self} is under nn.scan or nn.vmap, which cut parameters apart; serve it with "
+            "mcjax.tree.serving(function)"
+        )
+
+    remove_axis = add_axis
 
     def __repr__(self) -> str:
         return f"Kernel(shape={self.shape}, matrices={self.planes.shape}, bits={self.bits})"
