@@ -118,6 +118,17 @@ def to_experts(decoder: Decoder, widths: Widths) -> np.ndarray:
     return both[..., 0] if (both == both[..., :1]).all() else both
 
 
+def nearest(decoder: Decoder, manifest: Mapping[str, Any], widths: Widths) -> dict[int, int]:
+    """The stored width next to the average of each layer that a budget is about."""
+    stored, found = np.array(manifest["statistics"]["bits"]), {}
+    for i in weights.budgeted_layers(decoder):
+        roles = weights.budgeted(decoder, decoder.layers[i])
+        means = [np.mean(widths[i, str(role.tap)]) for role in roles]
+        mean = np.average(means, weights=[math.prod(role.shape) for role in roles])
+        found[i] = int(stored[np.argmin(np.abs(stored - mean))])
+    return found
+
+
 def allocate(
     decoder: Decoder,
     manifest: Mapping[str, Any],

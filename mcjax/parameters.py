@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mcjax.allocate import Widths
+from mcjax.allocate import Widths, nearest
 from mcjax.bitplane import BitPlanes, MixedPlanes, draft_widths, empty, places
 from mcjax.checkpoint import INTERCEPT, ArtifactReader, unflatten
 from mcjax.models import weights
@@ -84,20 +84,8 @@ def read_layers(reader: ArtifactReader, widths: Widths) -> dict[str, Any]:
         for fill in fills:
             fill()
         room.read()
-    _correct(reader, params, _mean_widths(reader, widths))
+    _correct(reader, params, nearest(reader.decoder, reader.manifest, widths))
     return jax.device_put(params)
-
-
-def _mean_widths(reader: ArtifactReader, widths: Widths) -> dict[int, int]:
-    """The stored width next to the average of each layer that a budget is about."""
-    decoder, stored = reader.decoder, np.array(reader.manifest["statistics"]["bits"])
-    nearest = {}
-    for i in weights.budgeted_layers(decoder):
-        roles = weights.budgeted(decoder, decoder.layers[i])
-        means = [np.mean(widths[i, str(role.tap)]) for role in roles]
-        mean = np.average(means, weights=[math.prod(role.shape) for role in roles])
-        nearest[i] = int(stored[np.argmin(np.abs(stored - mean))])
-    return nearest
 
 
 def _correct(
@@ -213,7 +201,11 @@ def refine_layers(reader: ArtifactReader, params: Any, widths: Widths) -> dict[s
                 if role.path not in paths and not np.ptp(wanted):
                     (made,) = made.stacks  # as `read_layers` has it
                 weights.put(params, member.path + role.path, made)
-    _correct(reader, params, _mean_widths(reader, widths), _mean_widths(reader, before))
+    _correct(
+        reader,
+        params,
+        *(nearest(reader.decoder, reader.manifest, each) for each in (widths, before)),
+    )
     return params
 
 

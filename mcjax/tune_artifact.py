@@ -1,14 +1,17 @@
 """An artifact's tables trained end to end against the dense model, one layer dense at a time.
 
-At each of a few *settings*, a width for what budgets are about and one for all else, the tables of
-these widths, and a factor of each entry of the norms and of each expert in the routers, which goes
-with the former, learn to give the dense model's predictions:
+At each of a few *settings* the tables of the widths that it is about, and a factor of each entry of
+the norms and of each expert in the routers, which goes with the layer's average width, learn to
+give the dense model's predictions:
 
     minimise  mean_t KL(softmax(h(x_t)) || softmax(h(x'_t)))
 
 with x the last layer's outputs in the dense model, x' those at the setting and h norm and head, for
 the tokens of calibration windows, over the likeliest tokens of a large vocabulary, see
-`mcjax.vocabulary`. Tables that an earlier setting trained stay as they are.
+`mcjax.vocabulary`. A setting has one width for what budgets are about and one for all else, from
+the widest down, and leaves tables alone that an earlier one trained. The last has budgets, each
+shared out as serving does, and all widths by turns: tables learn to do without company of their own
+width.
 
 A step runs forward and back through the layers one by one. A layer's weights are made of its planes
 when it is their turn, so that one layer is dense at a time; beside it memory holds all planes, and
@@ -19,7 +22,8 @@ float32. Planes never change, nor do the errors that budgets are shared out by.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mcjax import parameters, vocabulary
+from mcjax import allocate, parameters, vocabulary
 from mcjax import tables as tables_lib
 from mcjax.atomic import whole
 from mcjax.bitplane import BitPlanes
@@ -38,13 +42,23 @@ from mcjax.models import weights
 from mcjax.models.attention import Context
 from mcjax.models.decoder import Decoder, Layer
 from mcjax.models.language_model import embed, run_layer
+from mcjax.notes import Note
 
 STEPS = {1: 24, 2: 80, 3: 56, 4: 32}
 """Of each width, for a model of `WEIGHTS` weights in planes or more; of wider ones the least."""
 
+MIXED_STEPS = 64
+"""Of budgets and all widths by turns."""
+
+MIXED_RATE = 0.5
+"""Their learning rates, in those of the widths."""
+
+BUDGETS = (1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.5)
+"""Those of them that lie between the least and the greatest width."""
+
 RATES = {1: 8e-3, 2: 8e-3, 3: 4e-3, 4: 2e-3}
-"""The greatest learning rate of each width, of log2 steps, see `table_rates`: it rises in a
-twentieth of the steps, then falls. Of wider ones the least."""
+"""The greatest learning rate of each width's log2 steps, see `table_rates`: it rises in a twentieth
+of the steps, then falls. Of wider ones the least."""
 
 WEIGHTS = 1e8
 """A smaller model takes as many times more steps, in about the same time."""
@@ -71,18 +85,20 @@ class Setting(NamedTuple):
     """What a few steps train.
 
     Attributes:
-      budgeted: width of the weights that a budget is about.
+      budgeted: width of the weights that a budget is about; None for `budgets`.
       others: widths of all else, which take turns.
       steps: how many.
+      budgets: average bits, which take turns with all widths.
     """
 
-    budgeted: int
+    budgeted: int | None
     others: tuple[int, ...]
     steps: int
+    budgets: tuple[float, ...] = ()
 
     def rate(self, step: int) -> float:
-        """The learning rate of step 0, 1, ..."""
-        most, warm = RATES.get(self.budgeted, min(RATES.values())), max(2, self.steps // 20)
+        """Of the greatest learning rates the share that step 0, 1, ... takes."""
+        most, warm = MIXED_RATE if self.budgets else 1.0, max(2, self.steps // 20)
         if step < warm:
             return most * (step + 1) / warm
         part = (step - warm) / max(1, self.steps - warm)
@@ -92,7 +108,7 @@ class Setting(NamedTuple):
 def settings(
     decoder: Decoder, widths: Sequence[int], others: Sequence[int], usual: int
 ) -> tuple[Setting, ...]:
-    """The settings of an artifact, in order: from the widest down.
+    """The settings of an artifact, in order: from the widest down, then all.
 
     Args:
       decoder: the model.
@@ -111,7 +127,53 @@ def settings(
     for k in sorted(widths, reverse=True):
         both = (usual, k) if k in others and k != usual else (usual,)
         found.append(Setting(k, both, round(times * STEPS.get(k, min(STEPS.values())))))
+    between = tuple(b for b in BUDGETS if min(widths) < b < max(widths))
+    if between:
+        found.append(Setting(None, (usual,), round(times * MIXED_STEPS), between))
     return tuple(found)
+
+
+class Turn(NamedTuple):
+    """The widths that a step has.
+
+    Attributes:
+      widths: of each layer's weights by path, one or int [E].
+      factors: by layer, which width's norms and routers it takes.
+    """
+
+    widths: list[dict[Path_, np.ndarray]]
+    factors: dict[int, int]
+
+
+def turns(reader: ArtifactReader, setting: Setting) -> list[Turn]:
+    """What the steps of a setting take turns in."""
+    decoder, manifest = reader.decoder, reader.manifest
+    shape = np.shape(manifest["statistics"]["frequency"])
+    budgeted = manifest["statistics"]["bits"] if setting.budgets else [setting.budgeted]
+    every = [
+        allocate.of_experts(decoder, manifest, np.full(shape, k), other)
+        for k in budgeted
+        for other in setting.others
+    ]
+    with warnings.catch_warnings(action="ignore", category=Note):  # of even widths being as good
+        every += [
+            allocate.allocate(decoder, manifest, budget, setting.others[0])
+            for budget in setting.budgets
+        ]
+    return [turn_of(decoder, manifest, widths) for widths in every]
+
+
+def turn_of(decoder: Decoder, manifest: Mapping[str, Any], widths: allocate.Widths) -> Turn:
+    """A step's widths from those of parts, see `mcjax.allocate`."""
+    of_layers = [
+        {
+            role.path: np.asarray(widths[i, str(role.tap)])
+            for role in weights.roles(layer, decoder.width)
+            if role.tap is not None
+        }
+        for i, layer in enumerate(decoder.layers)
+    ]
+    return Turn(of_layers, allocate.nearest(decoder, manifest, widths))
 
 
 def windows_wanted(every: Sequence[Setting], length: int) -> int:
@@ -166,7 +228,7 @@ def tune_artifact(
     layers = [read_layer(reader, i) for i in range(len(decoder.layers))]
     outside = parameters.read_rest(reader)
     steps = [(setting, n) for setting in every for n in range(setting.steps)]
-    state = State(layers, every)
+    state = State(layers, every, [turns(reader, setting) for setting in every])
     first = state.restore(keep)
     batch = _batch(windows.shape[1])
     order = np.random.default_rng(0).permutation(len(windows))
@@ -174,10 +236,10 @@ def tune_artifact(
     for number in progress(range(first, len(steps)), description="tuning"):
         setting, n = steps[number]
         if n == 0:
-            state.begin(setting)
+            state.begin(every.index(setting))
         some = order[np.arange(number * batch, (number + 1) * batch) % len(order)]
-        wide = setting.others[n % len(setting.others)]
-        gradients = model.gradients(state, wide, windows[some], target[some])[1]
+        turn = state.turns[n % len(state.turns)]
+        gradients = model.gradients(state, turn, windows[some], target[some])[1]
         state.update(gradients, setting.rate(n))
         if n + 1 == setting.steps:
             state.end()
@@ -206,8 +268,10 @@ Tables = dict[tuple[Path_, int], Any]
 class State:
     """Every layer's tables and factors, the optimiser's moments, and what has been trained."""
 
-    def __init__(self, layers: Sequence[Weights], every: Sequence[Setting]):
-        self.layers, self.every = layers, every
+    def __init__(
+        self, layers: Sequence[Weights], every: Sequence[Setting], of_each: Sequence[list[Turn]]
+    ):
+        self.layers, self.every, self.of_each = layers, every, of_each
         self.tables: list[Tables] = [
             {
                 (path, k): tables_lib.to_parameters(table, k)
@@ -222,43 +286,48 @@ class State:
                     tables[path, k] = jnp.zeros(layer.rest[path].shape[-1])
         self.moments: list[Tables] = [{} for _ in layers]
         self.done: set[tuple[bool, int]] = set()
-        self.setting = every[0]
+        self.number = 0
 
-    def widths(self, i: int, others: int) -> dict[Path_, int]:
-        """The width of each of layer i's weights, where all else has width `others`."""
-        layer, own = self.layers[i], self.setting.budgeted
-        return {path: own if path in layer.budgeted else others for path in layer.planes}
+    @property
+    def turns(self) -> list[Turn]:
+        """Of the setting that trains."""
+        return self.of_each[self.number]
 
-    def begin(self, setting: Setting) -> None:
+    def begin(self, number: int) -> None:
         """Starts a setting, whose tables have moments of their own."""
-        self.setting = setting
-        for i, layer in enumerate(self.layers):
-            self.moments[i] = {}
-            for path in layer.corrected:
-                of_path = path, setting.budgeted
-                self.moments[i][of_path] = _ADAM.init(self.tables[i][of_path])
-            for others in setting.others:
-                for path, k in self.widths(i, others).items():
-                    if (path in layer.budgeted, k) not in self.done:
-                        self.moments[i][path, k] = _ADAM.init(self.tables[i][path, k])
+        self.number = number
+        again = bool(self.every[number].budgets)
+        self.moments = [{} for _ in self.layers]
+        for turn in self.turns:
+            for i, layer in enumerate(self.layers):
+                used = {(path, int(k)) for path, w in turn.widths[i].items() for k in np.unique(w)}
+                used = {
+                    (p, k) for p, k in used if again or (p in layer.budgeted, k) not in self.done
+                }
+                used |= {(path, turn.factors[i]) for path in layer.corrected}
+                for one in sorted(used - set(self.moments[i])):
+                    self.moments[i][one] = _ADAM.init(self.tables[i][one])
 
     def update(self, gradients: Sequence[Tables], rate: float) -> None:
-        """Takes a step along gradients of some of the tables."""
+        """Takes a step along gradients of some of the tables, a share of their greatest."""
         squares = [_square(list(of_layer.values())) for of_layer in gradients]
         norm = float(np.sqrt(sum(map(float, squares))))
         scale = min(1.0, CLIP / max(norm, 1e-30))
         for i, of_layer in enumerate(gradients):
             for (path, k), gradient in of_layer.items():
+                most = rate * RATES.get(k, min(RATES.values()))
                 factor = path in self.layers[i].corrected
-                rates = rate * FACTOR_RATE if factor else table_rates(rate, k)
+                rates = most * FACTOR_RATE if factor else table_rates(most, k)
                 table, moments = self.tables[i][path, k], self.moments[i][path, k]
                 made = _step(table, moments, gradient, scale, rates)
                 self.tables[i][path, k], self.moments[i][path, k] = made
 
     def end(self) -> None:
         """Has later settings leave what this one trained."""
-        self.done |= {(True, self.setting.budgeted)}
-        self.done |= {(False, others) for others in self.setting.others}
+        for turn in self.turns:
+            for layer, widths in zip(self.layers, turn.widths, strict=True):
+                for path, w in widths.items():
+                    self.done |= {(path in layer.budgeted, int(k)) for k in np.unique(w)}
 
     def stored(self) -> list[dict[str, np.ndarray]]:
         """See `tune_artifact`."""
@@ -291,8 +360,8 @@ class State:
         with np.load(keep) as file:
             step, *leaves = (jnp.asarray(file[name]) for name in file.files)
         left = int(step)
-        for setting in self.every:
-            self.begin(setting)
+        for number, setting in enumerate(self.every):
+            self.begin(number)
             if left <= setting.steps:
                 break
             left -= setting.steps
@@ -302,7 +371,7 @@ class State:
         for kept, new in ((self.tables, tables), (self.moments, moments)):
             for own, values in zip(kept, new, strict=True):
                 own |= dict(zip(own, values, strict=True))
-        if left == self.setting.steps:
+        if left == self.every[self.number].steps:
             self.end()
         return int(step)
 
@@ -340,7 +409,7 @@ class Model(NamedTuple):
     outside: Any
 
     def gradients(
-        self, state: State, others: int, tokens: np.ndarray, target: np.ndarray
+        self, state: State, turn: Turn, tokens: np.ndarray, target: np.ndarray
     ) -> tuple[jax.Array, list[Tables]]:
         """The divergence, and each layer's gradient by the tables that train."""
         decoder = self.decoder
@@ -348,38 +417,50 @@ class Model(NamedTuple):
         inputs = []
         for i, layer in enumerate(decoder.layers):
             inputs.append(x)
-            x = outputs(layer, decoder.norm_eps, self._own(state, i, others), x)
+            x = outputs(layer, decoder.norm_eps, self._own(state, turn, i), x)
         norm, head = vocabulary.head_of(decoder, self.outside, target)
         value, change = _divergence(decoder, norm, head, x, jnp.asarray(target))
         gradients: list[Tables] = [{} for _ in inputs]
         for i in reversed(range(len(inputs))):
-            own = self._own(state, i, others)
+            own = self._own(state, turn, i)
             of_own, change = _backward(decoder.layers[i], decoder.norm_eps, own, inputs[i], change)
-            for path, k in state.widths(i, others).items():
-                if (path, k) in state.moments[i]:
-                    planes = self.layers[i].planes[path].slice(k)
+            for path, widths in turn.widths[i].items():
+                for k in np.unique(widths).tolist():
+                    if (path, k) not in state.moments[i]:
+                        continue
                     gradients[i][path, k] = _table_gradient(
-                        planes, state.tables[i][path, k], weights.get(of_own, path)
+                        self.layers[i].planes[path].slice(k),
+                        state.tables[i][path, k],
+                        _only(weights.get(of_own, path), widths == k),
                     )
             for path in self.layers[i].corrected:
                 own_change = weights.get(of_own, path) * self.layers[i].rest[path]
-                gradients[i][path, state.setting.budgeted] = jnp.sum(
+                gradients[i][path, turn.factors[i]] = jnp.sum(
                     own_change, axis=tuple(range(own_change.ndim - 1))
                 )
             del own, of_own
         return value, gradients
 
-    def _own(self, state: State, i: int, others: int) -> dict[str, Any]:
+    def _own(self, state: State, turn: Turn, i: int) -> dict[str, Any]:
         """Layer i's weights, dense."""
         own: dict[str, Any] = {}
         for path, value in self.layers[i].rest.items():
             if path in self.layers[i].corrected:
-                value = value * (1 + state.tables[i][path, state.setting.budgeted])
+                value = value * (1 + state.tables[i][path, turn.factors[i]])
             weights.put(own, path, value)
-        for path, k in state.widths(i, others).items():
-            planes = self.layers[i].planes[path].slice(k)
-            weights.put(own, path, _dense(planes, state.tables[i][path, k]))
+        for path, widths in turn.widths[i].items():
+            total: Any = None
+            for k in np.unique(widths).tolist():
+                made = _dense(self.layers[i].planes[path].slice(k), state.tables[i][path, k])
+                made = _only(made, widths == k)
+                total = made if total is None else total + made
+            weights.put(own, path, total)
         return own
+
+
+def _only(matrices: jax.Array, which: np.ndarray) -> jax.Array:
+    """Zeros but for the matrices [E, ...] that bool [E] says, all of them if it says one thing."""
+    return matrices if which.all() else matrices * jnp.asarray(which)[:, None, None]
 
 
 @jax.jit

@@ -12,7 +12,7 @@ import pytest
 from conftest import CONFIG
 
 import mcjax
-from mcjax import checkpoint, compress, tables, text, tune, tune_artifact
+from mcjax import allocate, checkpoint, compress, tables, text, tune, tune_artifact
 from mcjax.bitplane import BitPlanes
 from mcjax.hub import Folder
 from mcjax.models.families import describe
@@ -87,18 +87,20 @@ def test_a_dense_model_has_nothing_to_tune(dense):
         tune.init(dense.params)
 
 
-def test_gradients_by_layers_are_those_of_the_whole_model(artifact, dense, windows):
-    model = mcjax.load(artifact, bits=2, attention_bits=3)
+@pytest.mark.parametrize("chosen", [5 * [2], [1, 2, 3, 2, 1]], ids=["even", "mixed"])
+def test_gradients_by_layers_are_those_of_the_whole_model(artifact, dense, windows, chosen):
+    model = mcjax.load(artifact, allocation=2 * [chosen], attention_bits=3)
     decoder, tokens = dense.module.decoder, windows[:2]
     reader = checkpoint.ArtifactReader(artifact)
     layers = [tune_artifact.read_layer(reader, i) for i in range(2)]
-    setting = tune_artifact.Setting(2, (3,), 1)
-    state = tune_artifact.State(layers, [setting])
-    state.begin(setting)
+    widths = allocate.of_experts(decoder, reader.manifest, 2 * [chosen], 3)
+    turn = tune_artifact.turn_of(decoder, reader.manifest, widths)
+    state = tune_artifact.State(layers, [tune_artifact.Setting(2, (3,), 1)], [[turn]])
+    state.begin(0)
     by_layers = tune_artifact.Model(decoder, layers, model.params)
     head = model.params["head"].astype(jnp.float32)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 64, decoder.width)), jnp.float32)
-    value, got = by_layers.gradients(state, 3, tokens, x)
+    value, got = by_layers.gradients(state, turn, tokens, x)
 
     target = predict(decoder, model.params["norm"], head, x)
     tuned = tune.init(model.params, tune.small(decoder))
@@ -110,12 +112,14 @@ def test_gradients_by_layers_are_those_of_the_whole_model(artifact, dense, windo
         one = got[i][("mixer", "o"), 3]
         for name, change in one.items():
             assert np.abs(change - whole[name][i]).max() < 1e-3 * np.abs(whole[name]).max()
+    mine = np.flatnonzero(np.array(chosen) == 2)
     whole = gradient["tables"]["segment_0/layer_0/block/experts/down"]["2"]
     for i in range(2):
         one = got[i][("block", "experts", "down"), 2]
         for name, change in one.items():
-            own = whole[name][5 * i : 5 * i + 5]
-            assert np.abs(change - own).max() < 1e-3 * np.abs(whole[name]).max()
+            own = whole[name][len(mine) * i : len(mine) * (i + 1)]
+            assert np.abs(change[mine] - own).max() < 1e-3 * np.abs(whole[name]).max()
+            assert not np.delete(change, mine, axis=0).any()
 
 
 def test_settings_begin_wide_and_all_else_takes_turns():
@@ -125,7 +129,24 @@ def test_settings_begin_wide_and_all_else_takes_turns():
         (3, (4, 3)),
         (2, (4, 2)),
         (1, (4,)),
+        (None, (4,)),
     ]
+    assert all(1 < b < 4 for b in every[-1].budgets) and len(every[-1].budgets) > 5
+    assert not tune_artifact.settings(describe(CONFIG)[1], (1,), (2, 3, 4, 8), 4)[-1].budgets
+
+
+def test_budgets_take_turns_as_they_are_served(artifact):
+    reader = checkpoint.ArtifactReader(artifact)
+    setting = tune_artifact.Setting(None, (4,), 8, (1.5, 2.5))
+    every = tune_artifact.turns(reader, setting)
+    assert len(every) == len(reader.manifest["statistics"]["bits"]) + 2
+    for budget, turn in zip((1.5, 2.5), every[-2:], strict=True):
+        model = mcjax.load(artifact, budget=budget)
+        for (i, tap), widths in model.widths.items():
+            name = {"expert_input": "gate", "expert_hidden": "down"}.get(tap)
+            if name is not None:
+                got = turn.widths[i]["block", "experts", name]
+                np.testing.assert_array_equal(got, widths)
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 4])
@@ -143,27 +164,32 @@ def test_steps_and_offsets_move_a_weight_as_far(width):
     assert 0.6 < size("offset") / size("steps") < 1.4
 
 
-@pytest.mark.parametrize("step", [1, 2, 3])
+@pytest.mark.parametrize("step", [1, 2, 5])
 def test_a_state_is_restored_between_settings_too(artifact, step, tmp_path):
-    layers = [tune_artifact.read_layer(checkpoint.ArtifactReader(artifact), 0)]
+    reader = checkpoint.ArtifactReader(artifact)
+    layers = [tune_artifact.read_layer(reader, i) for i in range(2)]
     every = [tune_artifact.Setting(k, others, 2) for k, others in ((3, (4, 3)), (1, (4,)))]
+    every.append(tune_artifact.Setting(None, (4,), 2, (1.5,)))
+    of_each = [tune_artifact.turns(reader, setting) for setting in every]
 
     def state(steps):
-        made = tune_artifact.State(layers, every)
+        made = tune_artifact.State(layers, every, of_each)
         for n in range(steps):
-            setting = every[n // 2]
             if n % 2 == 0:
-                made.begin(setting)
-            gradients = {key: jax.tree.map(jnp.sin, made.tables[0][key]) for key in made.moments[0]}
-            made.update([gradients], 0.1)
+                made.begin(n // 2)
+            gradients = [
+                {key: jax.tree.map(jnp.sin, tables[key]) for key in moments}
+                for tables, moments in zip(made.tables, made.moments, strict=True)
+            ]
+            made.update(gradients, 0.1)
             if n % 2 == 1:
                 made.end()
         return made
 
-    saved, restored = state(step), tune_artifact.State(layers, every)
+    saved, restored = state(step), tune_artifact.State(layers, every, of_each)
     saved.save(tmp_path / "state.npz", step)
     assert restored.restore(tmp_path / "state.npz") == step
-    assert (restored.setting, restored.done) == (saved.setting, saved.done)
+    assert (restored.number, restored.done) == (saved.number, saved.done)
     for name in ("tables", "moments"):
         jax.tree.map(
             np.testing.assert_array_equal, *map(arrays, map(attrgetter(name), (restored, saved)))
@@ -196,6 +222,7 @@ def leaves_of(path):
 def test_the_best_effort(model_folder, text_file, dense, windows, tmp_path, monkeypatch):
     """It keeps planes, lowers divergence at every width, and resumes where it was killed."""
     monkeypatch.setattr(tune_artifact, "STEPS", {1: 12})
+    monkeypatch.setattr(tune_artifact, "RATES", {1: 8e-3})
     monkeypatch.setattr(tune_artifact, "MOST_TIMES", 1)
     monkeypatch.setattr(tune_artifact, "STEP_TOKENS", 1024)
     monkeypatch.setattr(tune_artifact, "KEEP_EVERY", 4)
