@@ -35,7 +35,7 @@ BATCH = 64
 class ResNet(nn.Module):
     """Three stages of two blocks, group-normalised."""
 
-    features: int = 32
+    features: int = 16
 
     @nn.compact
     def __call__(self, x):
@@ -116,7 +116,7 @@ def measured(module: nn.Module, fold: int, steps: int):
         logits = apply(params, x)
         return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, y))
 
-    params = trained(of_labels, params, (x, y), steps, 2e-3)
+    params = trained(of_labels, params, (x, y), steps, adam(2e-3, steps))
     judge = jax.jit(partial(_judge, apply))
     served = jax.jit(partial(_judge, tree.serving(apply)))
     yield "float32", nbytes(params), *judge(params, *test)
@@ -150,7 +150,10 @@ def measured(module: nn.Module, fold: int, steps: int):
     def of_widths(both, x, y):
         return sum(of_labels(tree.once.apply(*both, k), x, y) for k in WIDTHS)
 
-    both = trained(of_widths, (params, quantizers), (x, y), steps, 1e-3)
+    both, labels = (params, quantizers), tree.once.labels(params, quantizers)
+    rates = {"weight": 1e-3, "other": 1e-3, "table": 3e-3}
+    optimiser = optax.multi_transform({k: adam(rate, steps) for k, rate in rates.items()}, labels)
+    both = trained(of_widths, both, (x, y), steps, optimiser)
     planes = tree.once.freeze(*both)
     for k in WIDTHS:
         at = tree.slice_tree(planes, k)
@@ -172,9 +175,13 @@ def digits(fold: int):
     return tuple((images[some], labels[some]) for some in (order[~held], order[held]))
 
 
-def trained(loss, params: Any, data, steps: int, rate: float) -> Any:
-    """What Adam makes of a tree."""
-    optimiser = optax.adam(optax.warmup_cosine_decay_schedule(0, rate, steps // 10, steps))
+def adam(rate: float, steps: int) -> optax.GradientTransformation:
+    """Adam whose rate rises for a tenth of the steps and falls for the others."""
+    return optax.adam(optax.warmup_cosine_decay_schedule(0, rate, steps // 10, steps))
+
+
+def trained(loss, params: Any, data, steps: int, optimiser: optax.GradientTransformation) -> Any:
+    """What an optimiser makes of a tree."""
 
     @jax.jit
     def step(params, state, *batch):
@@ -195,7 +202,7 @@ def tuned(apply, planes: Any, x, logits, steps: int) -> Any:
     def loss(tuned, x, logits):
         return tree.divergence(logits, apply(tune.apply(planes, tuned), x))
 
-    found = trained(loss, tune.init(planes), (x, np.asarray(logits)), steps, 5e-3)
+    found = trained(loss, tune.init(planes), (x, np.asarray(logits)), steps, adam(5e-3, steps))
     return tune.write(planes, found)
 
 

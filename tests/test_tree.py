@@ -515,6 +515,9 @@ def test_training_once_for_every_width(uneven):
     spec = qat.QuantSpec(widths=(4, 2), group_size=32, act_bits=None)
     quantizers, target = tree.once.init(params, watched, spec), function(params, x)
     assert set(quantizers) == {"a/kernel", "b/kernel"}
+    of_params, of_quantizers = labels = tree.once.labels(params, quantizers)
+    assert of_params == {"a": {"kernel": "weight"}, "b": {"kernel": "weight"}, "c": "other"}
+    assert set(jax.tree.leaves(of_quantizers)) == {"table"}
 
     @jax.jit
     def step(both, state):
@@ -527,13 +530,15 @@ def test_training_once_for_every_width(uneven):
         return value, optax.apply_updates(both, change), state, gradient
 
     both, values = (params, quantizers), []
-    optimiser = optax.adam(0.005)
+    still = {"weight": optax.adam(0.005), "table": optax.adam(0.005), "other": optax.set_to_zero()}
+    optimiser = optax.multi_transform(still, labels)
     state = optimiser.init(both)
     for _ in range(30):
         value, both, state, gradient = step(both, state)
         values.append(float(value))
     assert values[-1] < 0.7 * values[0]
     assert all(jnp.any(leaf) for leaf in jax.tree.leaves(gradient[1]["b/kernel"].tables))
+    np.testing.assert_array_equal(both[0]["c"], params["c"])
     planes = tree.once.freeze(*both)
     for bits in spec.widths:
         served = tree.serving(function)(tree.slice_tree(planes, bits), x)
