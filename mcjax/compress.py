@@ -27,8 +27,9 @@ from mcjax.models.families import describe
 from mcjax.models.language_model import embed
 from mcjax.notes import note
 from mcjax.quantize_layer import ATTENTION_WIDTHS, Options, quantize_layer
+from mcjax.schedule import Setting, settings, windows_wanted
 from mcjax.serving import ATTENTION_BITS
-from mcjax.tune_artifact import Setting, outputs, settings, tune_artifact, windows_wanted
+from mcjax.tune_artifact import outputs, tune_artifact
 
 TRAVELS = (
     "tokenizer.json",

@@ -22,8 +22,7 @@ float32. Planes never change, nor do the errors that budgets are shared out by.
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mcjax import allocate, parameters, vocabulary
+from mcjax import parameters, vocabulary
 from mcjax import tables as tables_lib
 from mcjax.atomic import whole
 from mcjax.bitplane import BitPlanes
@@ -42,148 +41,20 @@ from mcjax.models import weights
 from mcjax.models.attention import Context
 from mcjax.models.decoder import Decoder, Layer
 from mcjax.models.language_model import embed, run_layer
-from mcjax.notes import Note
-
-STEPS = {1: 24, 2: 80, 3: 56, 4: 32}
-"""Of each width, for a model of `WEIGHTS` weights in planes or more; of wider ones the least."""
-
-MIXED_STEPS = 64
-"""Of budgets and all widths by turns."""
-
-MIXED_RATE = 0.5
-"""Their learning rates, in those of the widths."""
-
-BUDGETS = (1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.5)
-"""Those of them that lie between the least and the greatest width."""
+from mcjax.schedule import Path_, Setting, Turn, batch_of, turns
 
 RATES = {1: 8e-3, 2: 8e-3, 3: 4e-3, 4: 2e-3}
 """The greatest learning rate of each width's log2 steps, see `table_rates`: it rises in a twentieth
 of the steps, then falls. Of wider ones the least."""
 
-WEIGHTS = 1e8
-"""A smaller model takes as many times more steps, in about the same time."""
-
 FACTOR_RATE = 0.25
 """The learning rate of factors of norms and routers, in those of tables."""
-
-MOST_TIMES = 8
-"""At most so many times more."""
-
-STEP_TOKENS = 1024
-"""About how many tokens a step learns from."""
 
 CLIP = 1.0
 """Greatest norm of a gradient."""
 
 KEEP_EVERY = 16
 """Steps after which what is trained is kept for a run that goes on."""
-
-Path_ = tuple[str, ...]
-
-
-class Setting(NamedTuple):
-    """What a few steps train.
-
-    Attributes:
-      budgeted: width of the weights that a budget is about; None for `budgets`.
-      others: widths of all else, which take turns.
-      steps: how many.
-      budgets: average bits, which take turns with all widths.
-    """
-
-    budgeted: int | None
-    others: tuple[int, ...]
-    steps: int
-    budgets: tuple[float, ...] = ()
-
-    def rate(self, step: int) -> float:
-        """Of the greatest learning rates the share that step 0, 1, ... takes."""
-        most, warm = MIXED_RATE if self.budgets else 1.0, max(2, self.steps // 20)
-        if step < warm:
-            return most * (step + 1) / warm
-        part = (step - warm) / max(1, self.steps - warm)
-        return most * (0.05 + 0.475 * (1 + math.cos(math.pi * part)))
-
-
-def settings(
-    decoder: Decoder, widths: Sequence[int], others: Sequence[int], usual: int
-) -> tuple[Setting, ...]:
-    """The settings of an artifact, in order: from the widest down, then all.
-
-    Args:
-      decoder: the model.
-      widths: of what budgets are about.
-      others: of all else.
-      usual: at which all else is served unless asked otherwise.
-    """
-    count = sum(
-        math.prod(role.shape)
-        for layer in decoder.layers
-        for role in weights.roles(layer, decoder.width)
-        if role.tap is not None
-    )
-    times = min(MOST_TIMES, max(1.0, WEIGHTS / count))
-    found = []
-    for k in sorted(widths, reverse=True):
-        both = (usual, k) if k in others and k != usual else (usual,)
-        found.append(Setting(k, both, round(times * STEPS.get(k, min(STEPS.values())))))
-    between = tuple(b for b in BUDGETS if min(widths) < b < max(widths))
-    if between:
-        found.append(Setting(None, (usual,), round(times * MIXED_STEPS), between))
-    return tuple(found)
-
-
-class Turn(NamedTuple):
-    """The widths that a step has.
-
-    Attributes:
-      widths: of each layer's weights by path, one or int [E].
-      factors: by layer, which width's norms and routers it takes.
-    """
-
-    widths: list[dict[Path_, np.ndarray]]
-    factors: dict[int, int]
-
-
-def turns(reader: ArtifactReader, setting: Setting) -> list[Turn]:
-    """What the steps of a setting take turns in."""
-    decoder, manifest = reader.decoder, reader.manifest
-    shape = np.shape(manifest["statistics"]["frequency"])
-    budgeted = manifest["statistics"]["bits"] if setting.budgets else [setting.budgeted]
-    every = [
-        allocate.of_experts(decoder, manifest, np.full(shape, k), other)
-        for k in budgeted
-        for other in setting.others
-    ]
-    with warnings.catch_warnings(action="ignore", category=Note):  # of even widths being as good
-        every += [
-            allocate.allocate(decoder, manifest, budget, setting.others[0])
-            for budget in setting.budgets
-        ]
-    return [turn_of(decoder, manifest, widths) for widths in every]
-
-
-def turn_of(decoder: Decoder, manifest: Mapping[str, Any], widths: allocate.Widths) -> Turn:
-    """A step's widths from those of parts, see `mcjax.allocate`."""
-    of_layers = [
-        {
-            role.path: np.asarray(widths[i, str(role.tap)])
-            for role in weights.roles(layer, decoder.width)
-            if role.tap is not None
-        }
-        for i, layer in enumerate(decoder.layers)
-    ]
-    return Turn(of_layers, allocate.nearest(decoder, manifest, widths))
-
-
-def windows_wanted(every: Sequence[Setting], length: int) -> int:
-    """How many windows of so many tokens settings learn from, none twice in one setting."""
-    return _batch(length) * max(setting.steps for setting in every)
-
-
-def _batch(length: int) -> int:
-    """How many windows of so many tokens make a step."""
-    return max(1, STEP_TOKENS // length)
 
 
 class Weights(NamedTuple):
@@ -230,7 +101,7 @@ def tune_artifact(
     steps = [(setting, n) for setting in every for n in range(setting.steps)]
     state = State(layers, every, [turns(reader, setting) for setting in every])
     first = state.restore(keep)
-    batch = _batch(windows.shape[1])
+    batch = batch_of(windows.shape[1])
     order = np.random.default_rng(0).permutation(len(windows))
     model = Model(decoder, layers, outside)
     for number in progress(range(first, len(steps)), description="tuning"):

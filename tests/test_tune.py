@@ -12,7 +12,7 @@ import pytest
 from conftest import CONFIG
 
 import mcjax
-from mcjax import allocate, checkpoint, compress, tables, text, tune, tune_artifact
+from mcjax import allocate, checkpoint, compress, schedule, tables, text, tune, tune_artifact
 from mcjax.bitplane import BitPlanes
 from mcjax.hub import Folder
 from mcjax.models.families import describe
@@ -94,8 +94,8 @@ def test_gradients_by_layers_are_those_of_the_whole_model(artifact, dense, windo
     reader = checkpoint.ArtifactReader(artifact)
     layers = [tune_artifact.read_layer(reader, i) for i in range(2)]
     widths = allocate.of_experts(decoder, reader.manifest, 2 * [chosen], 3)
-    turn = tune_artifact.turn_of(decoder, reader.manifest, widths)
-    state = tune_artifact.State(layers, [tune_artifact.Setting(2, (3,), 1)], [[turn]])
+    turn = schedule.turn_of(decoder, reader.manifest, widths)
+    state = tune_artifact.State(layers, [schedule.Setting(2, (3,), 1)], [[turn]])
     state.begin(0)
     by_layers = tune_artifact.Model(decoder, layers, model.params)
     head = model.params["head"].astype(jnp.float32)
@@ -123,7 +123,7 @@ def test_gradients_by_layers_are_those_of_the_whole_model(artifact, dense, windo
 
 
 def test_settings_begin_wide_and_all_else_takes_turns():
-    every = tune_artifact.settings(describe(CONFIG)[1], (1, 2, 3, 4), (2, 3, 4, 8), 4)
+    every = schedule.settings(describe(CONFIG)[1], (1, 2, 3, 4), (2, 3, 4, 8), 4)
     assert [(s.budgeted, s.others) for s in every] == [
         (4, (4,)),
         (3, (4, 3)),
@@ -132,13 +132,13 @@ def test_settings_begin_wide_and_all_else_takes_turns():
         (None, (4,)),
     ]
     assert all(1 < b < 4 for b in every[-1].budgets) and len(every[-1].budgets) > 5
-    assert not tune_artifact.settings(describe(CONFIG)[1], (1,), (2, 3, 4, 8), 4)[-1].budgets
+    assert not schedule.settings(describe(CONFIG)[1], (1,), (2, 3, 4, 8), 4)[-1].budgets
 
 
 def test_budgets_take_turns_as_they_are_served(artifact):
     reader = checkpoint.ArtifactReader(artifact)
-    setting = tune_artifact.Setting(None, (4,), 8, (1.5, 2.5))
-    every = tune_artifact.turns(reader, setting)
+    setting = schedule.Setting(None, (4,), 8, (1.5, 2.5))
+    every = schedule.turns(reader, setting)
     assert len(every) == len(reader.manifest["statistics"]["bits"]) + 2
     for budget, turn in zip((1.5, 2.5), every[-2:], strict=True):
         model = mcjax.load(artifact, budget=budget)
@@ -168,9 +168,9 @@ def test_steps_and_offsets_move_a_weight_as_far(width):
 def test_a_state_is_restored_between_settings_too(artifact, step, tmp_path):
     reader = checkpoint.ArtifactReader(artifact)
     layers = [tune_artifact.read_layer(reader, i) for i in range(2)]
-    every = [tune_artifact.Setting(k, others, 2) for k, others in ((3, (4, 3)), (1, (4,)))]
-    every.append(tune_artifact.Setting(None, (4,), 2, (1.5,)))
-    of_each = [tune_artifact.turns(reader, setting) for setting in every]
+    every = [schedule.Setting(k, others, 2) for k, others in ((3, (4, 3)), (1, (4,)))]
+    every.append(schedule.Setting(None, (4,), 2, (1.5,)))
+    of_each = [schedule.turns(reader, setting) for setting in every]
 
     def state(steps):
         made = tune_artifact.State(layers, every, of_each)
@@ -221,10 +221,10 @@ def leaves_of(path):
 
 def test_the_best_effort(model_folder, text_file, dense, windows, tmp_path, monkeypatch):
     """It keeps planes, lowers divergence at every width, and resumes where it was killed."""
-    monkeypatch.setattr(tune_artifact, "STEPS", {1: 12})
+    monkeypatch.setattr(schedule, "STEPS", {1: 12})
     monkeypatch.setattr(tune_artifact, "RATES", {1: 8e-3})
-    monkeypatch.setattr(tune_artifact, "MOST_TIMES", 1)
-    monkeypatch.setattr(tune_artifact, "STEP_TOKENS", 1024)
+    monkeypatch.setattr(schedule, "MOST_TIMES", 1)
+    monkeypatch.setattr(schedule, "STEP_TOKENS", 1024)
     monkeypatch.setattr(tune_artifact, "KEEP_EVERY", 4)
     given = model_folder, tmp_path / "best", text_file
     with pytest.raises(Stopped):
