@@ -491,6 +491,7 @@ def test_budgets_follow_costs(uneven, tmp_path):
     assert tree.allocate(planes, costs, f"{limit}B") == widths
     tree.save(tmp_path / "net", planes)
     jax.tree.map(np.testing.assert_array_equal, tree.load(tmp_path / "net", widths), served)
+    several = mcjax.quantize(weight(2, 32, 8), 2).slice((1, 2))
     for message, call in (
         ("budget 5.0 is not feasible", lambda: tree.allocate(planes, costs, 5)),
         ("a budget of 100 bytes is not", lambda: tree.allocate(planes, costs, "100B")),
@@ -501,6 +502,7 @@ def test_budgets_follow_costs(uneven, tmp_path):
         ("b/kernel has widths", lambda: tree.slice_tree(planes, {"a/kernel": 1, "b/kernel": 5})),
         ("gives no floating-point", lambda: tree.costs(lambda *_: 1, params, planes, [x])),
         ("widths of other weights", lambda: tree.slice_tree(planes, {"a/kernel": 2})),
+        ("several widths already", lambda: tree.slice_tree({"w": several}, 2)),
         ("widths of other weights", lambda: tree.load(tmp_path / "net", {"a/kernel": 2})),
         ("there is no batch", lambda: tree.costs(function, params, planes, [])),
         ("no weight of the tree", lambda: tree.costs(function, params, params, [x])),

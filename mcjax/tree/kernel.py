@@ -116,6 +116,8 @@ def slice_tree(tree: Any, bits: int | Mapping[str, int]) -> Any:
         raise ValueError(f"widths of other weights: they differ in {some(set(widths) ^ set(held))}")
 
     def at(name, leaf, width):
+        if isinstance(leaf, MixedPlanes):
+            raise ValueError(f"{name} has matrices of several widths already")
         if width not in leaf.widths:
             raise ValueError(f"{name} has widths {leaf.widths}, not {width}")
         return leaf.slice(width) if isinstance(leaf, Kernel) else leaf.at_width(width)
