@@ -156,7 +156,11 @@ def compress(
     if effort == TUNED:
         plan = settings(decoder, range(1, max_bits + 1), ATTENTION_WIDTHS, ATTENTION_BITS)
         lessons = text.spread(every, windows_wanted(plan, seq_len))
-        identity["tuning"] = {"windows": len(lessons), "crc32": checkpoint.crc32(lessons)}
+        identity["tuning"] = {
+            "windows": len(lessons),
+            "crc32": checkpoint.crc32(lessons),
+            "settings": [list(setting) for setting in plan],
+        }
     if experts is not None:
         _check_experts(experts, decoder, max_bits)
         leaves = jax.tree.leaves(list(experts))

@@ -36,7 +36,7 @@ from mcjax.models.decoder import Decoder
 from mcjax.ops import Adapted
 from mcjax.tree.kernel import Kernel, holds_planes
 from mcjax.tree.view import Layout
-from mcjax.tree.watched import Watched
+from mcjax.tree.watched import Watched, check_tree
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["a", "b"], meta_fields=["layout"])
@@ -99,9 +99,8 @@ def init(
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
     names, leaves, _ = named(params, holds_planes)
-    if watched is not None and list(watched) != names:
-        other = some(sorted(set(watched) ^ set(names)))
-        raise ValueError(f"what was watched is another tree: they differ in {other}")
+    if watched is not None:
+        check_tree(watched, names)
     multiplied = set() if decoder is None else _multiplied(decoder)
     found: Adapters = {}
     for number, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
@@ -122,7 +121,7 @@ def init(
         b = jnp.zeros((*batch, rank, d_out), dtype)
         found[name] = Adapter(a=draw * d_in**-0.5, b=b, layout=layout)
     if not found:
-        also = "" if watched is None else " or was seen to be multiplied"
+        also = " or multiplied" if watched is not None or decoder is not None else ""
         raise ValueError(
             f"no weight matching {pattern!r} is planes{also}: the tree has {some(names)}"
         )
@@ -221,8 +220,9 @@ def _adapted(weight: Any, adapter: Adapter) -> Adapted:
 
 def _changed(weight: jax.Array, adapter: Adapter, layout: Layout) -> jax.Array:
     """An array in which matrices lie that the factors change."""
-    change = layout.to_weight(jnp.matmul(adapter.a, adapter.b, precision="highest"))
-    return (weight + change).astype(weight.dtype)
+    a, b = (factor.astype(jnp.float32) for factor in (adapter.a, adapter.b))
+    change = layout.to_weight(jnp.matmul(a, b, precision="highest"))
+    return (weight.astype(jnp.float32) + change).astype(weight.dtype)
 
 
 def save(path: str | Path, adapters: Adapters) -> None:

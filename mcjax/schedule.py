@@ -49,7 +49,7 @@ class Setting(NamedTuple):
 
     Attributes:
       budgeted: width of the weights that a budget is about; None for `budgets`.
-      others: widths of all else, which take turns.
+      others: widths of all else, which take turns; with `budgets` what these are served with.
       steps: how many.
       budgets: average bits, which take turns with all widths.
     """
@@ -112,12 +112,12 @@ def turns(reader: ArtifactReader, setting: Setting) -> list[Turn]:
     """What the steps of a setting take turns in."""
     decoder, manifest = reader.decoder, reader.manifest
     shape = np.shape(manifest["statistics"]["frequency"])
-    budgeted = manifest["statistics"]["bits"] if setting.budgets else [setting.budgeted]
-    every = [
-        allocate.of_experts(decoder, manifest, np.full(shape, k), other)
-        for k in budgeted
-        for other in setting.others
-    ]
+    pairs = [(setting.budgeted, other) for other in setting.others]
+    if setting.budgets:
+        widths, (usual, *_) = manifest["statistics"]["bits"], setting.others
+        stored = manifest["attention_widths"]
+        pairs = [(k, other) for k in widths for other in {usual, k if k in stored else usual}]
+    every = [allocate.of_experts(decoder, manifest, np.full(shape, k), other) for k, other in pairs]
     with warnings.catch_warnings(action="ignore", category=Note):  # of even widths being as good
         every += [
             allocate.allocate(decoder, manifest, budget, setting.others[0])

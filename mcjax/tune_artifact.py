@@ -111,7 +111,7 @@ def tune_artifact(
         some = order[np.arange(number * batch, (number + 1) * batch) % len(order)]
         turn = state.turns[n % len(state.turns)]
         gradients = model.gradients(state, turn, windows[some], target[some])[1]
-        state.update(gradients, setting.rate(n))
+        state.update(gradients, setting.rate(n), turn)
         if n + 1 == setting.steps:
             state.end()
         if (number + 1) % KEEP_EVERY == 0 or number + 1 == len(steps):
@@ -179,8 +179,8 @@ class State:
                 for one in sorted(used - set(self.moments[i])):
                     self.moments[i][one] = _ADAM.init(self.tables[i][one])
 
-    def update(self, gradients: Sequence[Tables], rate: float) -> None:
-        """Takes a step along gradients of some of the tables, a share of their greatest."""
+    def update(self, gradients: Sequence[Tables], rate: float, turn: Turn) -> None:
+        """Takes a step along gradients of the tables in turn, a share of their greatest."""
         squares = [_square(list(of_layer.values())) for of_layer in gradients]
         norm = float(np.sqrt(sum(map(float, squares))))
         scale = min(1.0, CLIP / max(norm, 1e-30))
@@ -190,7 +190,8 @@ class State:
                 factor = path in self.layers[i].corrected
                 rates = most * FACTOR_RATE if factor else table_rates(most, k)
                 table, moments = self.tables[i][path, k], self.moments[i][path, k]
-                made = _step(table, moments, gradient, scale, rates)
+                which = turn.widths[i].get(path, np.array(k)) == k
+                made = _step(table, moments, gradient, scale, rates, which)
                 self.tables[i][path, k], self.moments[i][path, k] = made
 
     def end(self) -> None:
@@ -261,10 +262,13 @@ def table_rates(rate: float, width: int) -> dict[str, float]:
 
 
 @jax.jit
-def _step(table: Any, moments: Any, gradient: Any, scale, rates):
+def _step(table: Any, moments: Any, gradient: Any, scale, rates, which):
+    """A step of the experts that have this table's width; the others' tables and moments stay."""
     gradient = jax.tree.map(lambda g: g * scale, gradient)
-    change, moments = _ADAM.update(gradient, moments, table)
-    return jax.tree.map(lambda value, d, rate: value - rate * d, table, change, rates), moments
+    change, new = _ADAM.update(gradient, moments, table)
+    moved = jax.tree.map(lambda value, d, rate: value - rate * d, table, change, rates)
+    mu, nu = (_chosen(which, *pair) for pair in ((new.mu, moments.mu), (new.nu, moments.nu)))
+    return _chosen(which, moved, table), new._replace(mu=mu, nu=nu)
 
 
 @jax.jit
@@ -299,11 +303,13 @@ class Model(NamedTuple):
                 for k in np.unique(widths).tolist():
                     if (path, k) not in state.moments[i]:
                         continue
-                    gradients[i][path, k] = _table_gradient(
+                    gradient = _table_gradient(
                         self.layers[i].planes[path].slice(k),
                         state.tables[i][path, k],
-                        _only(weights.get(of_own, path), widths == k),
+                        weights.get(of_own, path),
                     )
+                    nothing = jax.tree.map(jnp.zeros_like, gradient)
+                    gradients[i][path, k] = _chosen(widths == k, gradient, nothing)
             for path in self.layers[i].corrected:
                 own_change = weights.get(of_own, path) * self.layers[i].rest[path]
                 gradients[i][path, turn.factors[i]] = jnp.sum(
@@ -323,15 +329,19 @@ class Model(NamedTuple):
             total: Any = None
             for k in np.unique(widths).tolist():
                 made = _dense(self.layers[i].planes[path].slice(k), state.tables[i][path, k])
-                made = _only(made, widths == k)
-                total = made if total is None else total + made
+                total = made if total is None else _chosen(widths == k, made, total)
             weights.put(own, path, total)
         return own
 
 
-def _only(matrices: jax.Array, which: np.ndarray) -> jax.Array:
-    """Zeros but for the matrices [E, ...] that bool [E] says, all of them if it says one thing."""
-    return matrices if which.all() else matrices * jnp.asarray(which)[:, None, None]
+@jax.jit
+def _chosen(which: jax.Array, one: Any, other: Any) -> Any:
+    """Of arrays [E, ...] those of the experts that bool [E] says, or of all if it is one thing."""
+
+    def of_leaf(a, b):
+        return jnp.where(jnp.reshape(which, which.shape + (1,) * (a.ndim - which.ndim)), a, b)
+
+    return jax.tree.map(of_leaf, one, other)
 
 
 @jax.jit

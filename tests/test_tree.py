@@ -433,8 +433,10 @@ def test_bad_input(tmp_path, artifact):
 def test_bare_functions_write_weights_out():
     """And say so; where they cannot, they say what to do."""
     x = weight(4, 64)
+    graph, state = nnx.split(nnx.Linear(64, 48, rngs=nnx.Rngs(0)))
     for function, params in (
         linen(nn.Dense(48), x),
+        (lambda state, x: nnx.merge(graph, state)(x), state),
         (lambda p, x: x @ p["kernel"], {"kernel": weight(64, 48)}),
     ):
         planes, _ = tree.shrink(params, tree.watch(function, params, [x]))

@@ -139,7 +139,7 @@ def allocate(planes: Any, costs: Mapping[str, np.ndarray], budget: float | str) 
         wanted,
         widths=widths,
         count=sum(math.prod(kernel.shape) for kernel in kernels.values()),
-        fixed=sum(np.asarray(leaf).nbytes for leaf in others),
+        fixed=sum(leaf.nbytes for leaf in others if hasattr(leaf, "nbytes")),
     )
     return {name: widths[k] for name, k in zip(kernels, chosen, strict=True)}
 

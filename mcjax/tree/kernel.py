@@ -22,9 +22,9 @@ from mcjax.tree.view import Layout
 class Kernel(AxisMetadata):
     """A weight as bit planes of its matrices.
 
-    `mcjax.tree.serving` multiplies the planes. A function that knows nothing of them, such as a
-    bare `module.apply`, has the weight written out as an array and is told so; under Flax's own
-    `nn.scan` and `nn.vmap` it cannot.
+    `mcjax.tree.serving` multiplies the planes. Where a function that knows nothing of them takes it
+    for an array, a bare `module.apply` or a layer of NNX for instance, it is written out as one,
+    with a note; under Flax's own `nn.scan` and `nn.vmap` it cannot be.
 
     Attributes:
       planes: of shape [*batch, d_in, d_out]; with low-rank factors too, see `mcjax.lora`.
@@ -67,6 +67,9 @@ class Kernel(AxisMetadata):
     def __jax_array__(self) -> jax.Array:
         note(f"{self} is written out as an array; mcjax.tree.serving(function) multiplies planes")
         return self.dequantize()
+
+    def __getitem__(self, index: Any) -> jax.Array:
+        return self.__jax_array__()[index]
 
     def unbox(self) -> jax.Array:
         """What a Flax module takes for the parameter: the weight as an array."""
@@ -113,10 +116,14 @@ def slice_tree(tree: Any, bits: int | Mapping[str, int]) -> Any:
     held = [name for name, leaf in zip(names, leaves, strict=True) if holds_planes(leaf)]
     widths = bits if isinstance(bits, Mapping) else dict.fromkeys(held, bits)
     if set(widths) != set(held):
-        raise ValueError(f"widths of other weights: they differ in {some(set(widths) ^ set(held))}")
+        other = some(sorted(set(widths) ^ set(held)))
+        raise ValueError(f"widths of other weights: they differ in {other}")
 
     def at(name, leaf, width):
-        if isinstance(leaf, MixedPlanes):
+        inner = leaf.weight if isinstance(leaf, Adapted) else leaf
+        if not holds_planes(inner):
+            return leaf
+        if isinstance(inner, MixedPlanes):
             raise ValueError(f"{name} has matrices of several widths already")
         if width not in leaf.widths:
             raise ValueError(f"{name} has widths {leaf.widths}, not {width}")

@@ -24,9 +24,10 @@ import numpy as np
 
 from mcjax import qat
 from mcjax.leaves import named, replaced, some
+from mcjax.ops import Adapted
 from mcjax.tree.kernel import Kernel, is_kernel
 from mcjax.tree.view import Layout
-from mcjax.tree.watched import Watched
+from mcjax.tree.watched import Watched, check_tree
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["tables"], meta_fields=["layout", "spec"])
@@ -67,9 +68,7 @@ def init(
     if spec.act_bits is not None:
         raise ValueError(f"act_bits must be None here, where weights alone train, got {spec}")
     names, leaves, _ = named(params)
-    if list(watched) != names:
-        other = some(sorted(set(watched) ^ set(names)))
-        raise ValueError(f"what was watched is another tree: they differ in {other}")
+    check_tree(watched, names)
     found = {}
     for name, leaf in zip(names, leaves, strict=True):
         seen = watched[name]
@@ -92,11 +91,16 @@ def of_planes(planes: Any) -> Quantizers:
 
     The weights to train may be those that the planes were made of, or what these stand for. Planes
     of single widths have no other tables to train.
+
+    Raises:
+      ValueError: if no weight is planes, or one has adapters.
     """
     names, leaves, _ = named(planes, is_kernel)
     found = {}
     for name, leaf in zip(names, leaves, strict=True):
         if is_kernel(leaf):
+            if isinstance(leaf.planes, Adapted):
+                raise ValueError(f"{name} has adapters: take the tree without, or merge them")
             spec = qat.QuantSpec(
                 widths=tuple(reversed(leaf.widths)),
                 group_size=leaf.planes.group_size,
@@ -105,6 +109,8 @@ def of_planes(planes: Any) -> Quantizers:
             )
             tables = qat.from_planes(leaf.planes)
             found[name] = Quantizer(tables=tables, layout=leaf.layout, spec=spec)
+    if not found:
+        raise ValueError(f"no weight is planes: the tree has {some(names)}")
     return found
 
 

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mcjax.leaves import named
+from mcjax.leaves import named, some
 from mcjax.quantize import quantize
 from mcjax.tree.kernel import Kernel
-from mcjax.tree.watched import Watched
+from mcjax.tree.watched import Watched, check_tree
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,9 +124,7 @@ def shrink(
     names, leaves, structure = named(params)
     if not names:
         raise ValueError("the tree holds no arrays")
-    if list(watched) != names:
-        other = sorted(set(watched) ^ set(names))[:4]
-        raise ValueError(f"what was watched is another tree: they differ in {other}")
+    check_tree(watched, names)
     idle = set(range(len(rules)))
     made, report = [], []
     for name, leaf in zip(names, leaves, strict=True):
@@ -146,8 +144,8 @@ def shrink(
         made.append(kernel)
     if idle:
         raise ValueError(
-            f"rules {[rules[n].pattern for n in sorted(idle)]} decide no leaf; there are "
-            f"{', '.join(names[:4])}, ..."
+            f"rules {[rules[n].pattern for n in sorted(idle)]} decide no leaf: the tree has "
+            f"{some(names)}"
         )
     return jax.tree.unflatten(structure, made), Report(tuple(report))
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from mcjax.leaves import named
+from mcjax.leaves import named, some
 from mcjax.tree.products import axes_of, patches, rows_of
 from mcjax.tree.program import Visitor, run
 from mcjax.tree.qwix import is_qwix
@@ -47,6 +47,13 @@ class Watched(NamedTuple):
         if self.layout is None:
             raise ValueError("nothing multiplies this weight")
         return self.layout
+
+
+def check_tree(watched: Mapping[str, Watched], names: Sequence[str]) -> None:
+    """Raises ValueError unless what was watched is the tree of these leaves."""
+    if list(watched) != list(names):
+        other = some(sorted(set(watched) ^ set(names)))
+        raise ValueError(f"what was watched is another tree: they differ in {other}")
 
 
 class Watch(Visitor):
