@@ -139,7 +139,11 @@ def test_budgets_take_turns_as_they_are_served(artifact):
     reader = checkpoint.ArtifactReader(artifact)
     setting = schedule.Setting(None, (4,), 8, (1.5, 2.5))
     every = schedule.turns(reader, setting)
-    assert len(every) == len(reader.manifest["statistics"]["bits"]) + 2
+    pairs = {
+        (int(t.widths[0]["block", "experts", "up"].max()), int(t.widths[0]["mixer", "o"]))
+        for t in every[:-2]
+    }
+    assert pairs == {(1, 4), (2, 4), (2, 2), (3, 4), (3, 3)} and len(every) == 7
     for budget, turn in zip((1.5, 2.5), every[-2:], strict=True):
         model = mcjax.load(artifact, budget=budget)
         for (i, tap), widths in model.widths.items():
@@ -223,7 +227,7 @@ def test_the_best_effort(model_folder, text_file, dense, windows, tmp_path, monk
     """It keeps planes, lowers divergence at every width, and resumes where it was killed."""
     monkeypatch.setattr(schedule, "STEPS", {1: 6})
     monkeypatch.setattr(schedule, "MIXED_STEPS", 6)
-    monkeypatch.setattr(tune_artifact, "RATES", {1: 8e-3})
+    monkeypatch.setattr(tune_artifact, "RATES", {1: 2e-2})
     monkeypatch.setattr(schedule, "MOST_TIMES", 1)
     monkeypatch.setattr(schedule, "STEP_TOKENS", 1024)
     monkeypatch.setattr(tune_artifact, "KEEP_EVERY", 4)
@@ -255,7 +259,7 @@ def test_the_best_effort(model_folder, text_file, dense, windows, tmp_path, monk
     assert moved == {"table_1", "table_2", "table_4"}  # attention's other widths are not trained
 
     target = dense(windows)
-    for budget, share in ((1, 0.9), (1.5, 0.95), (2, 1)):
+    for budget, share in ((1, 0.9), (1.5, 0.95), (2, 1.05)):
         loss = {}
         for name in ("best", "normal"):
             model = mcjax.load(tmp_path / name, budget=budget)
