@@ -65,7 +65,7 @@ class Adapter:
 
 
 Adapters = dict[str, Adapter]
-"""By the names of weights, such as "segment_0/layer_0/mixer/o"."""
+"""By the names of weights, such as "encoder/layer_0/kernel"."""
 
 
 def init(

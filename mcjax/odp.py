@@ -144,8 +144,8 @@ def thresholds(ratio: np.ndarray, quantile: float = QUANTILE, apart: bool = Fals
     if not 0 <= quantile <= 1:
         raise ValueError(f"the pruning quantile must be 0 to 1, got {quantile}")
     ratio = np.asarray(ratio, np.float32)
-    if ratio.shape[-1] == 0:
-        return np.zeros(ratio.shape, np.float32)
+    if not ratio.size:
+        return np.zeros(ratio.shape[:-1] if ratio.ndim > 1 else ratio.shape, np.float32)
     if quantile == 0:
         return np.zeros(ratio.shape[:-1], np.float32)
     if apart:

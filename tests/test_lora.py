@@ -116,10 +116,9 @@ def test_adapters_train(artifact, tokens):
     assert all(jnp.any(leaf) for leaf in jax.tree.leaves(gradient))
 
 
-@pytest.mark.parametrize("name", ["encoder", "recurrent"])
-def test_any_network(name):
-    """Planes under scans, joined and vmapped; the same adapters on the network as it was."""
-    function, params, (x, _) = reference(name)
+def test_any_network():
+    """Planes under a scan; the same adapters on the network as it was."""
+    function, params, (x, _) = reference("encoder")
     watched = tree.watch(function, params, [x])
     planes, _ = tree.shrink(params, watched)
     adapters = lora.init(jax.random.key(0), planes, rank=2)

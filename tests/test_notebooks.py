@@ -9,7 +9,7 @@ from nbclient import NotebookClient
 FEWER = {
     "compress_moe": {"samples=64": 'samples=8, effort="fast"', "windows=24": "windows=8"},
     "train_once": {"STEPS = 300 ": "STEPS = 60 "},
-    "compose": {"STEPS = 200": "STEPS = 60"},
+    "compose": {"STEPS = 200": "STEPS = 20", "variables, 200)": "variables, 60)"},
     "lumix": {"STEPS = 200": "STEPS = 40"},
 }
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "colab").glob("*.ipynb"))

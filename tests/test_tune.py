@@ -87,8 +87,8 @@ def test_a_dense_model_has_nothing_to_tune(dense):
         tune.init(dense.params)
 
 
-@pytest.mark.parametrize("chosen", [5 * [2], [1, 2, 3, 2, 1]], ids=["even", "mixed"])
-def test_gradients_by_layers_are_those_of_the_whole_model(artifact, dense, windows, chosen):
+def test_gradients_by_layers_are_those_of_the_whole_model(artifact, dense, windows):
+    chosen = [1, 2, 3, 2, 1]
     model = mcjax.load(artifact, allocation=2 * [chosen], attention_bits=3)
     decoder, tokens = dense.module.decoder, windows[:2]
     reader = checkpoint.ArtifactReader(artifact)
@@ -259,7 +259,7 @@ def test_the_best_effort(model_folder, text_file, dense, windows, tmp_path, monk
     assert moved == {"table_1", "table_2", "table_4"}  # attention's other widths are not trained
 
     target = dense(windows)
-    for budget, share in ((1, 0.9), (1.5, 0.95), (2, 1.05)):
+    for budget, share in ((1, 0.95), (1.5, 0.97), (2, 1.05)):
         loss = {}
         for name in ("best", "normal"):
             model = mcjax.load(tmp_path / name, budget=budget)
