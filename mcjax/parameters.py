@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mcjax import sharding
 from mcjax.allocate import Widths, nearest
 from mcjax.bitplane import BitPlanes, MixedPlanes, draft_widths, empty, places
 from mcjax.checkpoint import INTERCEPT, ArtifactReader, unflatten
@@ -19,13 +20,22 @@ from mcjax.models import weights
 from mcjax.models.decoder import Decoder, Routed
 from mcjax.models.weights import Role
 from mcjax.odp import PruningStatistics
+from mcjax.ops import Columns, Places
+from mcjax.sharding import Sharding
 
 
-def read_rest(reader: ArtifactReader) -> dict[str, Any]:
-    """Parameters outside the layers."""
+def read_rest(reader: ArtifactReader, shared: Sharding | None = None) -> dict[str, Any]:
+    """Parameters outside the layers; for a mesh on this host, see `read_layers`."""
     names = list(reader.manifest["checksums"]["rest"])
     values = reader.read(("rest", name, None) for name in names)
-    return jax.device_put(unflatten(dict(zip(names, values, strict=True))))
+    made = unflatten(dict(zip(names, values, strict=True)))
+    if shared is None:
+        return jax.device_put(made)
+    for role in weights.rest(reader.decoder):
+        if sharding.in_columns(shared, role):
+            own = Columns(weight=weights.get(made, role.path), axis=str(shared.out))
+            weights.put(made, role.path, own)
+    return made
 
 
 class _Room:
@@ -56,27 +66,42 @@ class _Room:
             place[...] = value
 
 
-def read_layers(reader: ArtifactReader, widths: Widths) -> dict[str, Any]:
+def read_layers(
+    reader: ArtifactReader, widths: Widths, shared: Sharding | None = None
+) -> dict[str, Any]:
     """Parameters of all layers, stacked as a `LanguageModel` has them.
 
     Args:
       reader: of the artifact.
       widths: of each part.
+      shared: a mesh that they are to be placed on. Then they are arrays of this host, and of
+        experts a process reads those of its own devices; memory for others is never touched.
     """
     decoder, room = reader.decoder, _Room(reader)
     params: dict[str, Any] = {}
     by_layer: dict[int, list[Callable]] = {i: [] for i in range(len(decoder.layers))}
+    apart = shared is not None and shared.expert is not None
+    places_of = sharding.places(decoder, widths, shared) if shared and apart else {}
     for member in weights.members(decoder):
         mine = member.numbers
         paths = {role.path for role in weights.budgeted(decoder, member.layer)}
+        spread = None
+        if shared is not None and mine[0] in places_of:
+            of_experts = np.stack([places_of[i] for i in mine])
+            spread = Spread(shared, of_experts)
+            where = Places(place=jnp.asarray(of_experts), axis=str(shared.expert))
+            weights.put(params, member.path + weights.PLACES, where)
         for role in weights.roles(member.layer, decoder.width):
             own = widths_of(mine, role, widths)
             if role.tap is None:
-                made, fills = _plain(room, role, mine)
+                by_expert = spread if weights.EXPERT in role.axes else None
+                made, fills = _plain(room, role, mine, by_expert)
             elif role.path in paths or np.ptp(own):
-                made, fills = _mixed(room, role, mine, own)
+                made, fills = _mixed(room, role, mine, own, spread if role.routed else None)
             else:
                 made, fills = _uniform(room, role, mine, int(own.flat[0]))
+            if shared is not None and sharding.in_columns(shared, role):
+                made = Columns(weight=made, axis=str(shared.out))
             weights.put(params, member.path + role.path, made)
             for i, fill in zip(mine, fills, strict=True):
                 by_layer[i].append(fill)
@@ -85,7 +110,39 @@ def read_layers(reader: ArtifactReader, widths: Widths) -> dict[str, Any]:
             fill()
         room.read()
     _correct(reader, params, nearest(reader.decoder, reader.manifest, widths))
-    return jax.device_put(params)
+    return jax.device_put(params) if shared is None else params
+
+
+class Spread(NamedTuple):
+    """Experts' places on a mesh: of some layers int [R, E]."""
+
+    shared: Sharding
+    place: np.ndarray
+
+    @property
+    def total(self) -> int:
+        """Places of all devices together."""
+        devices = self.shared.size(self.shared.expert)
+        return -(-self.place.shape[1] // devices) * devices
+
+    def local(self, r: int, e: int) -> bool:
+        """Whether this process has expert e of layer r."""
+        return self.shared.is_local(int(self.place[r, e]), self.total)
+
+    def stacks(self, widths: np.ndarray) -> tuple[dict[int, int], np.ndarray, np.ndarray]:
+        """How many weights of each width a device has room for; each place's stack and slot."""
+        devices = self.shared.size(self.shared.expert)
+        held = np.zeros((len(widths), self.total), int)
+        np.put_along_axis(held, self.place, widths, axis=1)
+        stack, slot, room = np.zeros_like(held), np.zeros_like(held), {}
+        for s, k in enumerate(np.unique(widths).tolist()):
+            mine = held == k
+            by_device = mine.reshape(len(widths), devices, -1)
+            number = np.cumsum(np.swapaxes(by_device, 0, 1).reshape(devices, -1), axis=1) - 1
+            number = np.swapaxes(number.reshape(devices, len(widths), -1), 0, 1)
+            stack[mine], slot[mine] = s, number.reshape(held.shape)[mine]
+            room[k] = int(by_device.sum(axis=(0, 2)).max())
+        return room, stack.astype(np.int32), slot.astype(np.int32)
 
 
 def _correct(
@@ -124,10 +181,18 @@ def widths_of(layers: Sequence[int], role: Role, widths: Widths) -> np.ndarray:
     return np.array([widths[i, role.tap] for i in layers if role.tap is not None])
 
 
-def _plain(room: _Room, role: Role, layers: Sequence[int]):
+def _plain(room: _Room, role: Role, layers: Sequence[int], spread: Spread | None):
     """An array [R, ...] of the stored type, and what fills each layer's part."""
     probe = room.reader.dtype(f"layers/{layers[0]}", role.name)
     made = room.empty((len(layers), *role.shape), probe)
+    if spread is not None:
+        moved = np.zeros((len(layers), spread.total, *role.shape[1:]), probe)
+
+        def fill(r, i):
+            (value,) = room.reader.read([(f"layers/{i}", role.name, None)])
+            moved[r, spread.place[r]] = value
+
+        return moved, [partial(fill, r, i) for r, i in enumerate(layers)]
     return made, [partial(room.fill, i, role.name, None, made[r]) for r, i in enumerate(layers)]
 
 
@@ -143,19 +208,28 @@ def _uniform(room: _Room, role: Role, layers: Sequence[int], bits: int):
     return made, [partial(fill, r, i) for r, i in enumerate(layers)]
 
 
-def _mixed(room: _Room, role: Role, layers: Sequence[int], widths: np.ndarray):
+def _mixed(
+    room: _Room, role: Role, layers: Sequence[int], widths: np.ndarray, spread: Spread | None
+):
     """`MixedPlanes` [R, ...] of the widths int [R, ...], and what fills each layer's part."""
-    stack, slot = places(widths)
-    shape = role.shape[-2:]
-    stacks = [
-        _empty_planes(room, (int((widths == k).sum()), *shape), (int(k),))
-        for k in np.unique(widths)
-    ]
+    devices = 1 if spread is None else spread.shared.size(spread.shared.expert)
+    if spread is None:
+        stack, slot = places(widths)
+        counts = {int(k): int((widths == k).sum()) for k in np.unique(widths)}
+    else:
+        counts, stack, slot = spread.stacks(widths)
+    stacks = [_empty_planes(room, (devices * n, *role.shape[-2:]), (k,)) for k, n in counts.items()]
 
     def fill(r, i):
         for row in np.ndindex(*widths.shape[1:]):
-            own, place = stacks[stack[r, *row]], slot[r, *row]
-            e = row[0] if row else None
+            e, at = (row[0] if row else None), row
+            if spread is not None:
+                if not spread.local(r, row[0]):
+                    continue
+                at = (int(spread.place[r, row[0]]),)
+            own, place = stacks[stack[r, *at]], slot[r, *at]
+            if spread is not None:  # stacks of devices lie one after another
+                place = place + at[0] * devices // spread.total * (own.shape[0] // devices)
             for p in range(own.bits):
                 room.fill(i, f"{role.name}.plane_{p}", e, own.planes[place, p])
             room.fill(i, f"{role.name}.table_{own.bits}", e, own.tables[0][place])

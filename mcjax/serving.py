@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mcjax import allocate, checkpoint, odp, parameters, programme
+from mcjax import allocate, checkpoint, odp, parameters, programme, sharding
 from mcjax.bitplane import BitPlanes, MixedPlanes
 from mcjax.hub import Folder, local
 from mcjax.models import weights
 from mcjax.models.decoder import Decoder, Routed
 from mcjax.models.language_model import LanguageModel
 from mcjax.notes import note
-from mcjax.ops import Adapted
+from mcjax.ops import Adapted, Columns
 
 ATTENTION_BITS = 4
 
@@ -87,8 +87,17 @@ class Model:
                         f"the model of {self.path} has dense weights, not planes; make an artifact "
                         "of it with `mcjax compress`"
                     )
-                found |= {(i, tap): w for i, w in zip(member.numbers, held.allocation, strict=True)}
+                every = held.allocation
+                if roles[0].routed and (places := self._places(member)) is not None:
+                    every = np.take_along_axis(every, places, axis=1)
+                found |= {(i, tap): w for i, w in zip(member.numbers, every, strict=True)}
         return found
+
+    def _places(self, member: weights.Member) -> np.ndarray | None:
+        """Where experts are on a mesh, int [R, E]; None if every device has all."""
+        block = weights.get(self.params, member.path + weights.BLOCK)
+        places = block.get(weights.PLACES[-1])
+        return None if places is None else np.asarray(places.place)
 
     @property
     def allocation(self) -> np.ndarray:
@@ -105,17 +114,22 @@ class Model:
     @property
     def average_bits(self) -> float:
         """Average width of expert weights, tables not counted; of dense weights their own."""
-        held = self._shared_out
-        if not isinstance(held[0], MixedPlanes):
+        if not isinstance(self._shared_out[0], MixedPlanes):
             return self.effective_bits
-        sizes = [math.prod(w.shape) for w in held]
-        return float(np.average([w.allocation.mean() for w in held], weights=sizes))
+        decoder, widths, total, count = self.module.decoder, self.widths, 0.0, 0
+        for i, layer in enumerate(decoder.layers):
+            for role in weights.budgeted(decoder, layer):
+                size = math.prod(role.shape)
+                total, count = total + size * np.mean(widths[i, str(role.tap)]), count + size
+        return float(total / count)
 
     @property
     def effective_bits(self) -> float:
-        """Bits per expert weight as held, tables included."""
-        held = self._shared_out
-        return 8 * sum(p.nbytes for p in held) / sum(math.prod(p.shape) for p in held)
+        """Bits per expert weight as held, tables included, and what fills a mesh's devices up."""
+        decoder = self.module.decoder
+        every = (role for layer in decoder.layers for role in weights.budgeted(decoder, layer))
+        held = sum(weight.nbytes for weight in self._shared_out)
+        return 8 * held / sum(math.prod(role.shape) for role in every)
 
     def refine(
         self,
@@ -158,8 +172,10 @@ class Model:
 
 
 def _plain(weight: Any) -> Any:
-    """A weight without the factors of `mcjax.lora`."""
-    return weight.weight if isinstance(weight, Adapted) else weight
+    """A weight without the factors of `mcjax.lora`, as one and not as a mesh's columns."""
+    while isinstance(weight, Adapted | Columns):
+        weight = weight.weight
+    return weight
 
 
 def refuse_adapters(params: Any) -> None:
@@ -209,6 +225,8 @@ def load(
     cache_dtype: Any = None,
     prune: str | None = None,
     quantile: float = odp.QUANTILE,
+    mesh: jax.sharding.Mesh | None = None,
+    rules: Mapping[str, str | Sequence[str] | None] | None = None,
 ) -> Model:
     """Loads an artifact at a precision chosen now, reading only the bytes that it needs.
 
@@ -231,6 +249,9 @@ def load(
       cache_dtype: of the caches of past tokens, None for `dtype`.
       prune: None, or the policy by which `mcjax.odp` skips experts, "affine" or "paper".
       quantile: share of the lower-ranked experts that is skipped on calibration text.
+      mesh: of devices that share weights, caches and sequences; None for one device.
+      rules: which of its axes shares what, see `mcjax.sharding.RULES`, which hold where these say
+        nothing.
 
     Returns:
       A `Model`.
@@ -239,20 +260,24 @@ def load(
       ValueError: if the artifact is damaged or of another version, or the precision is not
         feasible.
     """
+    shared = None if mesh is None else sharding.resolve(mesh, rules)
     reader = open_source(path)
     if isinstance(reader, Folder):
         of_artifacts = budget, bits, allocation, attention_bits, act_bits, prune
-        return _load_folder(reader, of_artifacts, dtype, cache_dtype)
+        return _load_folder(reader, of_artifacts, dtype, cache_dtype, shared)
     reserved = 0 if prune is None else parameters.pruning_bytes(reader.decoder)
     widths = resolve_widths(reader, budget, bits, allocation, attention_bits, policy, reserved)
-    params = parameters.read_rest(reader)
-    params |= parameters.read_layers(reader, widths)
+    params = parameters.read_rest(reader, shared)
+    params |= parameters.read_layers(reader, widths, shared)
+    if shared is not None:
+        specs = sharding.partition(reader.decoder, params, shared)
+        params = jax.tree.map(shared.place, params, specs)
     if prune is not None:
         pruning = parameters.read_pruning(reader)
         params = with_pruning(reader.decoder, params, pruning, prune, quantile)
     return Model(
         params=params,
-        module=LanguageModel(reader.decoder, dtype, act_bits, cache_dtype),
+        module=LanguageModel(reader.decoder, dtype, act_bits, cache_dtype, shared),
         path=str(reader.directory),
         bytes_read=reader.bytes_read,
         expert_bytes_read=reader.expert_bytes_read,
@@ -276,16 +301,20 @@ def open_source(path: str | Path) -> checkpoint.ArtifactReader | Folder:
     return checkpoint.ArtifactReader(folder, "model")
 
 
-def _load_folder(folder: Folder, of_artifacts: tuple, dtype: Any, cache_dtype: Any) -> Model:
+def _load_folder(
+    folder: Folder, of_artifacts: tuple, dtype: Any, cache_dtype: Any, shared: Any
+) -> Model:
     if any(value is not None for value in of_artifacts):
         raise ValueError(
             f"{folder.path} is not an artifact, so budgets, bits, allocations, activation bits and "
             "pruning do not apply; make one with `mcjax compress`"
         )
     params = folder.read()
+    if shared is not None:
+        params = sharding.share(folder.decoder, params, shared)
     return Model(
         params=params,
-        module=LanguageModel(folder.decoder, dtype, cache_dtype=cache_dtype),
+        module=LanguageModel(folder.decoder, dtype, None, cache_dtype, shared),
         path=str(folder.path),
         bytes_read=sum(leaf.nbytes for leaf in jax.tree.leaves(params)),
         expert_bytes_read=sum(w.nbytes for w in weights.expert_weights(folder.decoder, params)),

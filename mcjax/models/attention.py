@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +12,8 @@ import jax.numpy as jnp
 from mcjax.models import rope
 from mcjax.models.decoder import Heads, QKNorm, Temperature
 from mcjax.models.norms import rms_norm
-from mcjax.ops import dot
+from mcjax.ops import Columns, dot
+from mcjax.ops.columns import within
 from mcjax.ops.linear import alike
 
 
@@ -77,9 +79,19 @@ def heads(
     kv, d = spec.kv_heads, spec.head_dim
     whole = length if cache is None else cache.keys.shape[3]
     q, k, v, gate = _projected(spec, weights, x, context.positions, whole, eps, act_bits)
+    axis = heads_axis(spec, weights["qkv"])
+    if axis is not None:
+        kv //= jax.lax.axis_size(axis)
+        first = kv * jax.lax.axis_index(axis)
     sinks = None
     if spec.sinks:
-        sinks = weights["sinks"].astype(jnp.float32).reshape(1, kv, -1, 1)
+        sinks = weights["sinks"].astype(jnp.float32).reshape(1, spec.kv_heads, -1, 1)
+    if axis is not None:  # this device's
+
+        def own(a, at):
+            return None if a is None else jax.lax.dynamic_slice_in_dim(a, first, kv, at)
+
+        q, k, v, sinks = own(q, 2), own(k, 1), own(v, 1), own(sinks, 1)
     rule = Rule(spec.scale, spec.window, spec.chunked, sinks)
     if cache is None:
         out, map_ = attend(rule, q, k, v, context)
@@ -105,11 +117,24 @@ def heads(
         held = cache = KeyValues(kept_in(cache.keys, place, k), kept_in(cache.values, place, v))
         if not ring:
             out, map_ = attend_cached(rule, q, context, read, slots)
+    if axis is not None:
+        gather = partial(jax.lax.all_gather, axis_name=axis, tiled=True, to="invarying")
+        out, map_ = gather(out, axis=2), None if map_ is None else gather(map_, axis=1)
     out = out.reshape(batch, length, -1)
     if gate is not None:
         out = out * jax.nn.sigmoid(gate.reshape(batch, length, -1))
     y = biased(dot(out, weights["o"], act_bits), weights.get("o_bias"))
     return y, cache, taps | {"mixer_output": out, "attention": map_}
+
+
+def heads_axis(spec: Heads, qkv: Any) -> str | None:
+    """The axis of a mesh along which heads are shared out, if they are.
+
+    They are where the columns of `qkv` are and keys' heads divide evenly.
+    """
+    if not isinstance(qkv, Columns) or not within(qkv.axis):
+        return None
+    return None if spec.kv_heads % jax.lax.axis_size(qkv.axis) else qkv.axis
 
 
 def _projected(spec: Heads, weights: Any, x, positions, whole: int, eps: float, act_bits):

@@ -12,6 +12,7 @@ from mcjax.models.decoder import Delta
 from mcjax.models.norms import rms_norm
 from mcjax.models.recurrent import Recurrent, convolve
 from mcjax.ops import dot
+from mcjax.ops.linear import alike
 
 
 def delta(
@@ -69,8 +70,9 @@ def delta(
         kept = state if context.decoding else None  # of a prompt, far too many
         return state, (jnp.einsum("bhkv,bhk->bhv", state, q), kept)
 
-    by_token = [jnp.moveaxis(y, 1, 0) for y in (q, k, v, jnp.exp(log_decay), beta)]
-    state, (out, states) = jax.lax.scan(step, state, tuple(by_token))
+    by_token = tuple(jnp.moveaxis(y, 1, 0) for y in (q, k, v, jnp.exp(log_decay), beta))
+    state = alike((state, by_token))[0]
+    state, (out, states) = jax.lax.scan(step, state, by_token)
     out = jnp.moveaxis(out, 0, 1).astype(x.dtype)
     out = rms_norm(out, weights["norm"], eps)
     out = out * jax.nn.silu(z.reshape(batch, length, vh, dv).astype(jnp.float32)).astype(x.dtype)

@@ -13,7 +13,8 @@ from mcjax import odp
 from mcjax.bitplane import Planes
 from mcjax.models.decoder import Activation, Dense, Routed, Routing
 from mcjax.models.norms import rms_norm
-from mcjax.ops import aligned, choice, device, dot, expert_map, expert_rows_dot
+from mcjax.ops import Columns, aligned, choice, device, dot, exchange, expert_map, expert_rows_dot
+from mcjax.ops.columns import gathered, held
 from mcjax.ops.dot import expert_product
 from mcjax.ops.route import route as most_probable
 
@@ -91,7 +92,8 @@ def routed(
     """The weighted sum of each token's experts and what all share, x [B, T, D] to [B, T, D].
 
     Experts of small routing weight are skipped if the weights have a `threshold`, see `mcjax.odp`.
-    A `shift` [N, D] among them is added to the experts' sum, see `mcjax.importance`.
+    A `shift` [N, D] among them is added to the experts' sum, see `mcjax.importance`. With `places`
+    experts are shared out among devices, see `mcjax.ops.exchange`.
 
     Args:
       spec: of the experts.
@@ -133,8 +135,14 @@ def routed(
     factor = shares[..., None].astype(x.dtype)
     if spec.routing.inputs:
         inputs, factor = (inputs[:, None] * factor).reshape(-1, x.shape[-1]), 1
-    y = apply_experts(spec, weights["experts"], inputs, index.reshape(-1), flat, act_bits)
+    experts, places = weights["experts"], weights.get("places")
+    apply = partial(apply_experts, spec, experts, act_bits=act_bits)
+    if places is not None:
+        here = held(experts["gate"]).shape[0]
+        apply = partial(exchange.by_experts, places, apply, here)
+    y = apply(inputs, index.reshape(-1), flat)
     y = jnp.sum(y.reshape(*index.shape, -1) * factor, axis=1)
+    y = y if places is None else exchange.total(places, inputs, y)
     y = y if rest is None else y + rest
     y = y + weights["shift"] if "shift" in weights else y
     taps["experts_output"] = y
@@ -203,14 +211,15 @@ def apply_experts(
         own = tuple(weights[name] for name in ("gate", "up", "down"))
         return dp4a.swiglu(x, own, index, keep, act_bits)
     rows = jnp.repeat(x, index.shape[0] // x.shape[0], axis=0)
-    if how == "pallas" or (how == "popcount" and platform == "gpu"):
-        # The kernels take all experts at once, of any widths.
+    if how == "pallas" or (how == "popcount" and platform == "gpu") or isinstance(gate, Columns):
+        # The kernels take all experts at once, of any widths; and devices gather at once.
         def every(name, x):
-            y = expert_rows_dot(x, weights[name], index, keep, act_bits, how)
-            bias = weights.get(f"{name}_bias")
+            y = expert_rows_dot(x, held(weights[name]), index, keep, act_bits, how)
+            bias = held(weights.get(f"{name}_bias"))
             return y if bias is None else y + bias.astype(y.dtype)[index]
 
-        y = every("down", activate(spec.activation, every("gate", rows), every("up", rows)))
+        hidden = gathered(activate(spec.activation, every("gate", rows), every("up", rows)), gate)
+        y = gathered(every("down", hidden), weights["down"])
         return y if keep is None or not spec.bias else jnp.where(keep[:, None], y, 0)
     names = tuple(name for name in _NAMES if name in weights)
     function = partial(_rows_of_one, spec.activation, act_bits, how, names)
@@ -228,12 +237,13 @@ def one_expert(
     """What a gated network of its own weights makes of x [..., D]: that, and what down sees."""
 
     def multiply(name, x):
-        y = dot(x, weights[name], act_bits, product)
-        bias = weights.get(f"{name}_bias")
+        y = dot(x, held(weights[name]), act_bits, product)
+        bias = held(weights.get(f"{name}_bias"))
         return y if bias is None else y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
 
     hidden = activate(activation, multiply("gate", x), multiply("up", x))
-    return multiply("down", hidden), hidden
+    hidden = gathered(hidden, weights["gate"])
+    return gathered(multiply("down", hidden), weights["down"]), hidden
 
 
 def _rows_of_one(activation, act_bits, product, names, weights, rows):

@@ -9,7 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mcjax import odp
 from mcjax.models import experts, weights
@@ -20,8 +20,10 @@ from mcjax.models.latent import Latents, latent
 from mcjax.models.norms import rms_norm
 from mcjax.models.recurrent import Recurrent, convolution
 from mcjax.models.rope import STRETCHED
-from mcjax.ops import narrow_dot
+from mcjax.ops import Columns, narrow_dot
+from mcjax.ops.columns import held, within
 from mcjax.ops.linear import automatic
+from mcjax.sharding import Sharding, cache_partition, partition
 
 SOWN = ("router", "experts", "keep", "recurrent")
 """Taps that come back as collections of their names: logits of routers, the
@@ -80,14 +82,25 @@ def run_layer(
 
 def embed(decoder: Decoder, params: Any, tokens: Any, dtype: Any) -> jax.Array:
     """What enters the first layer: tokens int [B, T] to [B, T, D] of `dtype`."""
-    x = params["embedding"][tokens].astype(dtype)
+    table = params["embedding"]
+    if isinstance(table, Columns) and within(table.axis):  # each device has some tokens' rows
+        rows = table.weight
+        at = tokens - len(rows) * jax.lax.axis_index(table.axis)
+        own = rows[jnp.clip(at, 0, len(rows) - 1)]
+        x = jnp.where(((at >= 0) & (at < len(rows)))[..., None], own, 0).astype(dtype)
+        x = jax.lax.psum(x, table.axis)
+    else:
+        x = held(table)[tokens].astype(dtype)
     if decoder.embedding_scale != 1:
         x = x * jnp.asarray(decoder.embedding_scale, dtype)
     return x
 
 
 def predict(decoder: Decoder, norm: jax.Array, head: jax.Array, x: jax.Array) -> jax.Array:
-    """Logits [B, T, rows of the head] of what leaves the last layer, x [B, T, D]."""
+    """Logits [B, T, rows of the head] of what leaves the last layer, x [B, T, D].
+
+    On a mesh they are those of the rows that this device has.
+    """
     x = rms_norm(x, norm, decoder.norm_eps)
     logits = narrow_dot(x.reshape(-1, decoder.width), head).reshape(*x.shape[:-1], -1)
     if decoder.logit_scale != 1:
@@ -115,6 +128,7 @@ def forward(
     dtype: Any = jnp.float32,
     act_bits: int | None = None,
     taps: Sequence[str] = (),
+    shared: Sharding | None = None,
 ) -> tuple[jax.Array, Any, dict[str, Any]]:
     """Next-token logits; see `LanguageModel.__call__`.
 
@@ -123,6 +137,20 @@ def forward(
       with arrays [R, ...] for the layers that have it.
     """
     run = partial(_forward, decoder, dtype=dtype, act_bits=act_bits, taps=tuple(taps))
+    if shared is not None:
+        batch = shared.batch_spec(tokens.shape[0])
+        rows = PartitionSpec(batch)
+        of_cache = None if cache is None else cache_partition(decoder, cache, shared, batch)
+        head = params["embedding" if decoder.tied else "head"]
+        columns = head.axis if isinstance(head, Columns) else None
+        of_logits = PartitionSpec(batch, None, columns)
+        of_positions = PartitionSpec() if positions is None or len(positions) == 1 else rows
+        return jax.shard_map(
+            run,
+            mesh=shared.mesh,
+            in_specs=(partition(decoder, params, shared), rows, of_positions, of_cache, rows, rows),
+            out_specs=(of_logits, of_cache, PartitionSpec(None, batch)),
+        )(params, tokens, positions, cache, length, only)
 
     def specs():
         of_logits = PartitionSpec(*jax.typeof(tokens).sharding.spec, None)
@@ -144,7 +172,7 @@ def _forward(decoder, params, tokens, positions, cache, length, only, *, dtype, 
         apart, together = weights.split_stacks(params[name])
 
         def period(carry, own, segment=segment, together=together):
-            x, held = carry
+            x, kept = carry
             own, repeat = own
             own = together(own)
             pruned = any("threshold" in own[key]["block"] for key in own)
@@ -152,27 +180,27 @@ def _forward(decoder, params, tokens, positions, cache, length, only, *, dtype, 
             wanted: dict[str, Any] = {}
             for member, spec in enumerate(segment.period):
                 key = weights.layer_name(member)
-                before = None if held is None else held[key]
+                before = None if kept is None else kept[key]
                 x, new, seen = run_layer(
                     spec, own[key], x, context, before, decoder.norm_eps, act_bits
                 )
-                held = None if held is None else {**held, key: new}
+                kept = None if kept is None else {**kept, key: new}
                 for tap in taps:
                     if tap in seen:
                         weights.put(wanted, (tap, key), seen[tap])
-            return (x, held), wanted
+            return (x, kept), wanted
 
         carry = (x, None if cache is None else cache[name])
         every = apart, jnp.arange(segment.repeats, dtype=jnp.int32)
-        (x, held), wanted = jax.lax.scan(period, carry, every)
+        (x, kept), wanted = jax.lax.scan(period, carry, every)
         for tap, values in wanted.items():
             weights.put(tapped, (tap, name), values)
         if cache is not None:
-            cache[name] = held
+            cache[name] = kept
     if only is not None:
         x = jnp.take_along_axis(x, only[:, None, None], axis=1)
     head = params["embedding" if decoder.tied else "head"]
-    return predict(decoder, params["norm"], head, x), cache, tapped
+    return predict(decoder, params["norm"], held(head), x), cache, tapped
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -218,12 +246,14 @@ class LanguageModel(nn.Module):
       act_bits: None, or 8 or 16 bits to round activations to, see `mcjax.dot`.
       cache_dtype: of keys, values and latents of past tokens, None for `dtype`. A recurrent state
         is float32 in any case.
+      shared: a mesh that parameters and sequences are shared out on, see `mcjax.sharding`.
     """
 
     decoder: Decoder
     dtype: Any = jnp.float32
     act_bits: int | None = None
     cache_dtype: Any = None
+    shared: Sharding | None = None
 
     @property
     def config(self) -> Decoder:
@@ -233,7 +263,13 @@ class LanguageModel(nn.Module):
     def empty_cache(self, batch: int, length: int) -> Any:
         """Room for `length` tokens of `batch` sequences."""
         dtype = self.dtype if self.cache_dtype is None else self.cache_dtype
-        return empty_cache(self.decoder, batch, length, dtype)
+        if self.shared is None:
+            return empty_cache(self.decoder, batch, length, dtype)
+        make = partial(empty_cache, self.decoder, batch, length, dtype)
+        like, along = jax.eval_shape(make), self.shared.batch_spec(batch)
+        specs = cache_partition(self.decoder, like, self.shared, along)
+        mesh = self.shared.mesh
+        return jax.jit(make, out_shardings=jax.tree.map(partial(NamedSharding, mesh), specs))()
 
     @nn.compact
     def __call__(
@@ -278,6 +314,7 @@ class LanguageModel(nn.Module):
             dtype=self.dtype,
             act_bits=self.act_bits,
             taps=taps,
+            shared=self.shared,
         )
         for tap, values in seen.items():
             self.sow(tap, "layers", values, reduce_fn=lambda _, new: new, init_fn=dict)

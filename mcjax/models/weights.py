@@ -27,8 +27,15 @@ ROUTER = ("block", "router")
 EXPERTS = ("block", "experts")
 """Where the weights of routed experts are."""
 
+PLACES = ("block", "places")
+"""Which device has which expert, where they are shared out; see `mcjax.ops.exchange`."""
+
 AFTER = "block_after"
 """The scale of the norm of what a network gives, in layers that have one."""
+
+
+EXPERT, OUT = "expert", "out"
+"""Names of axes of weights, see `Role.axes`."""
 
 
 class Role(NamedTuple):
@@ -56,6 +63,21 @@ class Role(NamedTuple):
     def routed(self) -> bool:
         """Whether it has a matrix for each of the layer's experts."""
         return self.tap is not None and len(self.shape) == 3
+
+    @property
+    def axes(self) -> tuple[str | None, ...]:
+        """What each of its axes is, for a mesh to share out: "expert", "in", "out" or None.
+
+        Latents' up-projections are split by heads where they are used, so they have no "out"; the
+        output features of embedding and head are tokens.
+        """
+        expert = (EXPERT,) if self.path[:-1] == EXPERTS else ()
+        if self.tap is not None and self.tap != "latent":
+            return (*expert, "in", OUT)
+        if self.path in (("embedding",), ("head",)):
+            return (OUT, "in")
+        of_network = self.path[-1] in ("gate_bias", "up_bias", "down_bias")
+        return (*expert, *[None] * (len(self.shape) - len(expert) - 1), OUT if of_network else None)
 
 
 def roles(layer: Layer, width: int) -> Iterator[Role]:

@@ -12,6 +12,7 @@ from mcjax import rotation
 from mcjax.bitplane import BitPlanes, MixedPlanes
 from mcjax.ops import choice, device
 from mcjax.ops.adapted import Adapted
+from mcjax.ops.columns import Columns, gathered, held
 from mcjax.ops.grouped import Weight, expert_map
 from mcjax.ops.linear import automatic, rows_as
 from mcjax.ops.popcount import popcount_dot
@@ -47,10 +48,11 @@ def aligned(x: jax.Array, *weights: Weight) -> tuple[jax.Array, tuple[Weight, ..
       x: [..., d_in].
       *weights: of logical shape [..., d_in, d_out].
     """
-    held = [w for w in weights if isinstance(w, BitPlanes | MixedPlanes) and w.rotated]
-    if len(held) < len(weights):
+    kinds = BitPlanes | MixedPlanes | Columns
+    turned = [w for w in weights if isinstance(w, kinds) and w.rotated]
+    if len(turned) < len(weights):
         return x, weights
-    return rotation.rotate(x), tuple(w.unrotated() for w in held)
+    return rotation.rotate(x), tuple(w.unrotated() for w in turned)
 
 
 def dot(
@@ -63,8 +65,8 @@ def dot(
 
     Args:
       x: float [..., d_in].
-      planes: a weight of logical shape [d_in, d_out], which may be `Shifted` or
-        `Adapted`.
+      planes: a weight of logical shape [d_in, d_out], which may be `Shifted`, `Adapted` or
+        `Columns`.
       act_bits: None multiplies in x's own type; 8 or 16 lets every row of x be rounded to so many
         bits first, a deliberate change of numerics by which few rows can be multiplied by counting
         bits. 8 costs some accuracy, 16 less than bfloat16 does; with 8 a CPU multiplies many rows
@@ -85,12 +87,14 @@ def dot(
         return y + planes.shift.reshape(y.shape)
     if isinstance(planes, Adapted):
         return dot(x, planes.weight, act_bits, product) + planes.added(x)
+    if isinstance(planes, Columns):
+        return gathered(dot(x, planes.weight, act_bits, product), planes)
     if len(planes.shape) != 2 or x.shape[-1] != planes.shape[0]:
         raise ValueError(f"x {x.shape} does not multiply a weight of shape {planes.shape}")
-    held = isinstance(planes, BitPlanes | MixedPlanes)
-    if act_bits not in (None, 8, 16) or (act_bits and not held):
+    packed = isinstance(planes, BitPlanes | MixedPlanes)
+    if act_bits not in (None, 8, 16) or (act_bits and not packed):
         raise ValueError(f"act_bits must be None, or 8 or 16 with planes; got {act_bits}")
-    if not held:
+    if not packed:
         return jnp.dot(x, dense(planes, x.dtype))
     product_of = partial(_dot, act_bits=act_bits, product=product)
     return automatic(product_of, x, planes, result=rows_as(x))
@@ -183,6 +187,9 @@ def expert_rows_dot(
 
     Otherwise as `expert_dot`.
     """
+    if isinstance(planes, Columns):
+        own = expert_rows_dot(x, planes.weight, index, keep, act_bits, product)
+        return gathered(own, planes)
     platform = device.platform()
     x, (planes,) = aligned(x, planes)
     how = expert_product(x.shape[0], planes, act_bits, product)
@@ -204,7 +211,7 @@ def expert_product(
     rows: int, planes: Weight, act_bits: int | None, product: str | None
 ) -> str | None:
     """The product of so many rows with experts: one for all of them, or None for each its own."""
-    platform = device.platform()
+    platform, planes = device.platform(), held(planes)
     if product or platform == "cpu" or not isinstance(planes, BitPlanes | MixedPlanes):
         return product
     return choice.product(platform, -(-rows // planes.shape[0]), planes.bits, act_bits)

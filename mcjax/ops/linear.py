@@ -52,10 +52,10 @@ def alike(tree: Any) -> Any:
 
     What a loop carries must vary from the beginning as it will in the end.
     """
-    axes: frozenset = frozenset().union(*(_axes_of(a) for a in jax.tree.leaves(tree)))
+    axes: frozenset = frozenset().union(*(axes_of(a) for a in jax.tree.leaves(tree)))
 
     def vary(a):
-        missing = tuple(axis for axis in axes if axis not in _axes_of(a))
+        missing = tuple(axis for axis in axes if axis not in axes_of(a))
         return jax.lax.pcast(a, missing, to="varying") if missing else a
 
     return jax.tree.map(vary, tree) if axes else tree
@@ -82,7 +82,8 @@ def rows_as(x: jax.Array, last: int = 1) -> Callable[[], PartitionSpec]:
     return lambda: PartitionSpec(*spec[: x.ndim - 1], *[None] * last)
 
 
-def _axes_of(a):
+def axes_of(a: Any) -> frozenset:
+    """The axes of a `jax.shard_map` that an array varies over."""
     kind = jax.typeof(a)  # its field is named `vma` by some versions of JAX
     return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
 

@@ -1,0 +1,214 @@
+"""Models shared out on meshes of devices, virtual ones of the CPU."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_models import small_config, small_model
+
+import mcjax
+from mcjax import sharding
+from mcjax.models import weights
+from mcjax.models.families import describe
+from mcjax.parameters import Spread
+
+TESTS = str(Path(__file__).parent)
+
+BEGIN = """
+    import os, re, sys
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+    import jax, jax.numpy as jnp, numpy as np, mcjax
+    from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+    def mesh_of(*shape):
+        names = ("data", "expert", "model")
+        count = int(np.prod(shape))
+        return jax.make_mesh(
+            shape, names, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:count]
+        )
+"""
+
+
+def run(program, *arguments):
+    """A program in a process that has eight devices."""
+    program = textwrap.dedent(BEGIN) + textwrap.dedent(program)
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": TESTS},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def mesh(**axes):
+    """A mesh of this process's device alone, its axes as long as they say where it matters."""
+    names, devices = tuple(axes), np.array(jax.devices()[:1] * int(np.prod(list(axes.values()))))
+    return jax.sharding.Mesh(devices.reshape(tuple(axes.values())), names)
+
+
+def test_planes_on_a_mesh(artifact):
+    """Five experts on four devices; what travels is never a plane."""
+    run(
+        """
+        from mcjax.generate import generate
+        rng = np.random.default_rng(0)
+        tokens = rng.integers(0, 300, (4, 10)).astype(np.int32)
+        prompts = [tokens[i, : 4 + i].tolist() for i in range(4)]
+        one = mcjax.load(sys.argv[1], budget=2.25)
+        expected = np.asarray(one(tokens))
+        written = np.stack(list(generate(one.module, one.params, prompts, 6)))
+        model = mcjax.load(sys.argv[1], budget=2.25, mesh=mesh_of(1, 4, 2))
+        np.testing.assert_allclose(model(tokens), expected, atol=2e-5)
+        np.testing.assert_array_equal(model.allocation, one.allocation)
+        assert model.average_bits == one.average_bits
+        np.testing.assert_allclose(model(tokens[:1]), expected[:1], atol=2e-5)
+        got = np.stack(list(generate(model.module, model.params, prompts, 6)))
+        np.testing.assert_array_equal(got, written)
+
+        text = jax.jit(lambda m, t: m(t)).lower(model, tokens).compile().as_text()
+        kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+        lines = [l for l in text.splitlines() if re.search(rf"= .* ({kinds})(-start)?\\(", l)]
+        found = {re.search(rf" ({kinds})(-start)?\\(", l)[1] for l in lines}
+        assert found == {"all-gather", "all-reduce", "all-to-all"}, found
+        for line in lines:
+            assert not re.search(r"[^s]u(8|32)\\[", line.split("metadata")[0]), line
+        for leaf in jax.tree.leaves(model.params["segment_0"]["layer_0"]["block"]["experts"]):
+            if leaf.dtype == jnp.uint32:
+                assert len({repr(s.index) for s in leaf.addressable_shards}) == 8
+        """,
+        artifact,
+    )
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_next"])
+def test_families_on_a_mesh(name, tmp_path):
+    """Latent attention and recurrent states, prefilled into a cache and decoded."""
+    run(
+        """
+        tokens = np.random.default_rng(0).integers(0, 64, (4, 9)).astype(np.int32)
+        def logits(model):
+            def both(params, tokens, cache):
+                apply = lambda *a: model.module.apply({"params": params}, *a)
+                first, cache = apply(tokens[:, :8], None, cache)
+                more, _ = apply(tokens[:, 8:], jnp.full((4, 1), 8), cache)
+                return jnp.concatenate([first, more], axis=1)
+            return jax.jit(both)(model.params, tokens, model.module.empty_cache(4, 12))
+        one = mcjax.load(sys.argv[1])
+        model = mcjax.load(sys.argv[1], mesh=mesh_of(2, 2, 2))
+        expected = logits(one)
+        np.testing.assert_allclose(logits(model), expected, atol=3e-5)
+        """,
+        small_model(tmp_path / "model", name),
+    )
+
+
+def test_rows_find_their_experts():
+    """However unevenly they are routed, with gradients; rows that are not kept are not sent."""
+    run(
+        """
+        from functools import partial
+        from mcjax.ops import Places, exchange, expert_map
+        rng, devices = np.random.default_rng(0), mesh_of(1, 4, 1)
+        w = rng.normal(size=(8, 6, 5)).astype(np.float32)
+        x = rng.normal(size=(32, 6)).astype(np.float32)
+        place = rng.permutation(8).astype(np.int32)
+        moved = np.zeros_like(w)
+        moved[place] = w
+        def one(weights, rows):
+            return rows @ weights[0]
+        def local(w, x, index, keep):
+            return expert_map(one, (w,), x.repeat(len(index) // len(x), 0), index, keep, 4)
+        def spread(w, place, x, index, keep):
+            places = Places(place=place, axis="expert")
+            apply = partial(exchange.by_experts, places, partial(local, w), len(w))
+            return exchange.total(places, x, apply(x, index, keep))
+        rows, same = P("expert"), P()
+        for index in (
+            rng.integers(0, 8, 64), np.zeros(64, int), np.repeat(np.arange(8), 8), np.full(64, 5)
+        ):
+            keep = rng.random(64) < 0.8
+            expected = local(w, jnp.asarray(x), index, keep)
+            def loss(f, w, x):
+                return jnp.sum(jnp.sin(f(w, x)))
+            for along in rows, same:
+                shared = jax.shard_map(
+                    spread, mesh=devices, in_specs=(rows, same, along, along, along),
+                    out_specs=along,
+                )
+                f = jax.jit(lambda w, x: shared(w, place, x, index, keep))
+                np.testing.assert_allclose(f(moved, x), expected, atol=1e-5)
+                of_w, of_x = jax.grad(partial(loss, f), (0, 1))(moved, x)
+                mine = jax.grad(partial(loss, lambda w, x: local(w, x, index, keep)), (0, 1))
+                for_w, for_x = mine(jnp.asarray(w), jnp.asarray(x))
+                np.testing.assert_allclose(of_w[place], for_w, atol=1e-4)
+                np.testing.assert_allclose(of_x, for_x, atol=1e-4)
+        """
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_places_hold_about_equal_bytes(data):
+    experts, devices = data.draw(st.integers(4, 40)), data.draw(st.sampled_from([1, 2, 4, 8]))
+    config = small_config("qwen3_moe") | {"num_local_experts": experts, "num_hidden_layers": 6}
+    decoder = describe(config | {"num_experts": experts})[1]
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    widths = {
+        (i, str(role.tap)): rng.choice([1, 2, 3, 4], experts, p=[0.1, 0.5, 0.3, 0.1])
+        if role.routed
+        else np.array(4)
+        for i, layer in enumerate(decoder.layers)
+        for role in weights.roles(layer, decoder.width)
+        if role.tap is not None
+    }
+    shared = sharding.resolve(mesh(expert=devices))
+    found = sharding.places(decoder, widths, shared)
+    each = -(-experts // devices)
+    held = np.zeros((devices, 5), int)
+    for i, place in found.items():
+        assert len(set(place)) == experts and place.min() >= 0 and place.max() < each * devices
+        np.add.at(held, (place // each, widths[i, "expert_input"]), 1)
+    if experts % devices == 0:
+        assert (held.max(axis=0) - held.min(axis=0)).max() <= 1 + 6 // devices
+    numbers = sorted(found)
+    spread = Spread(shared, np.stack([found[i] for i in numbers]))
+    wanted = np.stack([widths[i, "expert_input"] for i in numbers])
+    room, stack, slot = spread.stacks(wanted)
+    for r, e in np.ndindex(wanted.shape):
+        at = r, spread.place[r, e]
+        assert list(room)[stack[at]] == wanted[r, e] and slot[at] < room[wanted[r, e]]
+    where = {
+        (p // each, stack[r, p], slot[r, p])
+        for r, e in np.ndindex(wanted.shape)
+        for p in [spread.place[r, e]]
+    }
+    assert len(where) == wanted.size
+
+
+def test_rules():
+    shared = sharding.resolve(mesh(data=2, model=1))
+    assert (shared.batch, shared.expert, shared.out) == (("data",), None, "model")
+    shared = sharding.resolve(mesh(x=2, y=1), {"batch": "x", "expert": "x", "out": None})
+    assert (shared.batch, shared.expert, shared.out) == (("x",), "x", None)
+    assert [shared.batch_spec(n) for n in (1, 2, 6)] == [None, ("x",), ("x",)]
+    for message, rules in [
+        (r"rules name \['layer'\]", {"layer": "data"}),
+        (r"put 'out' along \['m'\]; the mesh has", {"out": "m"}),
+        ("takes one axis", {"expert": ("data", "model")}),
+        ("shares other things", {"out": "data"}),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            sharding.resolve(mesh(data=2, model=1), rules)
+
+
+def test_one_device_is_a_mesh_too(artifact):
+    tokens = np.arange(12).reshape(2, 6)
+    model = mcjax.load(artifact, budget=2.25, mesh=mesh(data=1, expert=1, model=1))
+    np.testing.assert_allclose(model(tokens), mcjax.load(artifact, budget=2.25)(tokens), atol=1e-5)
