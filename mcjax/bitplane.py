@@ -206,8 +206,16 @@ class MixedPlanes:
 
     @property
     def allocation(self) -> np.ndarray:
-        """The width of each weight as held, int [...]; its values must be concrete."""
-        return np.array([stack.bits for stack in self.stacks])[np.asarray(self.stack)]
+        """The width of each weight as held, int [...]; its values must be concrete.
+
+        Where other processes have some of them, all processes must ask.
+        """
+        stack: Any = self.stack
+        if not getattr(stack, "is_fully_addressable", True):
+            from jax.experimental import multihost_utils
+
+            stack = multihost_utils.process_allgather(stack, tiled=True)
+        return np.array([stack.bits for stack in self.stacks])[np.asarray(stack)]
 
     @property
     def reads(self) -> tuple[int, ...]:
