@@ -20,7 +20,7 @@ from mcjax.models import weights
 from mcjax.models.decoder import Decoder, Routed
 from mcjax.models.weights import Role
 from mcjax.odp import PruningStatistics
-from mcjax.ops import Columns, Places
+from mcjax.ops import Places
 from mcjax.sharding import Sharding
 
 
@@ -29,13 +29,7 @@ def read_rest(reader: ArtifactReader, shared: Sharding | None = None) -> dict[st
     names = list(reader.manifest["checksums"]["rest"])
     values = reader.read(("rest", name, None) for name in names)
     made = unflatten(dict(zip(names, values, strict=True)))
-    if shared is None:
-        return jax.device_put(made)
-    for role in weights.rest(reader.decoder):
-        if sharding.in_columns(shared, role):
-            own = Columns(weight=weights.get(made, role.path), axis=str(shared.out))
-            weights.put(made, role.path, own)
-    return made
+    return jax.device_put(made) if shared is None else made
 
 
 class _Room:
@@ -100,8 +94,6 @@ def read_layers(
                 made, fills = _mixed(room, role, mine, own, spread if role.routed else None)
             else:
                 made, fills = _uniform(room, role, mine, int(own.flat[0]))
-            if shared is not None and sharding.in_columns(shared, role):
-                made = Columns(weight=made, axis=str(shared.out))
             weights.put(params, member.path + role.path, made)
             for i, fill in zip(mine, fills, strict=True):
                 by_layer[i].append(fill)

@@ -20,7 +20,7 @@ from mcjax.models import weights
 from mcjax.models.decoder import Decoder, Routed
 from mcjax.models.language_model import LanguageModel
 from mcjax.notes import note
-from mcjax.ops import Adapted, Columns
+from mcjax.ops import Adapted
 
 ATTENTION_BITS = 4
 
@@ -172,10 +172,8 @@ class Model:
 
 
 def _plain(weight: Any) -> Any:
-    """A weight without the factors of `mcjax.lora`, as one and not as a mesh's columns."""
-    while isinstance(weight, Adapted | Columns):
-        weight = weight.weight
-    return weight
+    """A weight without the factors of `mcjax.lora`."""
+    return weight.weight if isinstance(weight, Adapted) else weight
 
 
 def refuse_adapters(params: Any) -> None:
@@ -270,8 +268,7 @@ def load(
     params = parameters.read_rest(reader, shared)
     params |= parameters.read_layers(reader, widths, shared)
     if shared is not None:
-        specs = sharding.partition(reader.decoder, params, shared)
-        params = jax.tree.map(shared.place, params, specs)
+        params = sharding.put_on(reader.decoder, params, shared)
     if prune is not None:
         pruning = parameters.read_pruning(reader)
         params = with_pruning(reader.decoder, params, pruning, prune, quantile)
@@ -311,7 +308,7 @@ def _load_folder(
         )
     params = folder.read()
     if shared is not None:
-        params = sharding.share(folder.decoder, params, shared)
+        params = sharding.put_on(folder.decoder, jax.device_get(params), shared)
     return Model(
         params=params,
         module=LanguageModel(folder.decoder, dtype, None, cache_dtype, shared),

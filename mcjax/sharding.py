@@ -7,6 +7,8 @@ Everything has *logical* axes, and rules say along which axes of the mesh these 
     out      output features of all other products, and of experts', see `mcjax.ops.Columns`;
              heads of attention and of its cache go with them where they divide evenly, and the
              rows of embedding and head
+    in       input features of dense weights, which are put together layer by layer: what trains
+             is then fully sharded, see `mcjax.ops.Fragment`
 
 What has no such axis is whole on every device: norms, routers, odd sizes. The forward pass is one
 `jax.shard_map`, so every collective in it stands in the code, and none moves a plane.
@@ -17,25 +19,31 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from mcjax.bitplane import BitPlanes, MixedPlanes
 from mcjax.models import weights
 from mcjax.models.attention import KeyValues
 from mcjax.models.decoder import Decoder, Heads, Routed
-from mcjax.ops import Columns, Places
+from mcjax.ops import Adapted, Columns, Fragment, Places
 
-RULES: dict[str, str | tuple[str, ...]] = {
+RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "expert"),
     "expert": "expert",
     "out": "model",
+    "in": None,
 }
 """Logical axes, and the axes of a mesh along which they lie if it has them."""
+
+FULLY = {"in": ("data", "expert")}
+"""Rules for training: of experts, what does not share experts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,18 +55,20 @@ class Sharding:
       batch: axes that share sequences.
       expert: the axis that shares experts, None if every device has all.
       out: the axis that shares output features.
+      inputs: axes that share input features of dense weights.
     """
 
     mesh: Mesh
     batch: tuple[str, ...]
     expert: str | None
     out: str | None
+    inputs: tuple[str, ...]
 
-    def size(self, axis: str | None) -> int:
-        """Devices along an axis, 1 for None."""
-        return 1 if axis is None else self.mesh.shape[axis]
+    def size(self, *axes: str | None) -> int:
+        """Devices along axes, 1 for None."""
+        return math.prod(self.mesh.shape[axis] for axis in axes if axis is not None)
 
-    def place(self, array: Any, spec: PartitionSpec) -> jax.Array:
+    def place(self, array: Any, spec: P) -> jax.Array:
         """An array of this host on its devices, each process putting only what its own hold."""
         return jax.make_array_from_callback(
             array.shape, NamedSharding(self.mesh, spec), lambda index: array[index]
@@ -67,7 +77,7 @@ class Sharding:
     def batch_spec(self, count: int) -> tuple[str, ...] | None:
         """The axes that so many sequences are shared out along: the most that divide them."""
         for n in range(len(self.batch), 0, -1):
-            if count % math.prod(map(self.size, self.batch[:n])) == 0:
+            if count % self.size(*self.batch[:n]) == 0:
                 return self.batch[:n]
         return None
 
@@ -100,56 +110,20 @@ def resolve(mesh: Mesh, rules: Mapping[str, str | Sequence[str] | None] | None =
         wanted = given.get(name, usual)
         named = () if wanted is None else (wanted,) if isinstance(wanted, str) else tuple(wanted)
         missing = [axis for axis in named if axis not in mesh.shape]
-        if missing and name in given:
+        if missing and name in given and given != FULLY:
             raise ValueError(f"rules put {name!r} along {missing}; the mesh has {mesh.axis_names}")
         axes[name] = tuple(axis for axis in named if axis in mesh.shape)
     for name in ("expert", "out"):
         if len(axes[name]) > 1:
             raise ValueError(f"rules put {name!r} along {axes[name]}: it takes one axis")
-    if set(axes["out"]) & {*axes["batch"], *axes["expert"]}:
+    if set(axes["out"]) & {*axes["batch"], *axes["expert"], *axes["in"]}:
         raise ValueError(f"rules put 'out' along {axes['out']}, which shares other things: {axes}")
+    if set(axes["in"]) - set(axes["batch"]):
+        raise ValueError(
+            f"rules put 'in' along {axes['in']}, of which only {axes['batch']} share a batch"
+        )
     expert, out = (axes[name][0] if axes[name] else None for name in ("expert", "out"))
-    return Sharding(mesh=mesh, batch=axes["batch"], expert=expert, out=out)
-
-
-def in_columns(sharding: Sharding, role: weights.Role) -> bool:
-    """Whether a weight's output features are shared out: if they divide evenly."""
-    if sharding.out is None or weights.OUT not in role.axes:
-        return False
-    return role.shape[role.axes.index(weights.OUT)] % sharding.size(sharding.out) == 0
-
-
-def share(decoder: Decoder, params: Any, sharding: Sharding) -> Any:
-    """Dense parameters of a `LanguageModel` on a mesh, experts in their order.
-
-    Args:
-      decoder: the model.
-      params: arrays of this host.
-      sharding: the mesh.
-    """
-    made: dict[str, Any] = {}
-
-    def put(path, role, value):
-        if in_columns(sharding, role):
-            value = Columns(weight=value, axis=str(sharding.out))
-        weights.put(made, path, value)
-
-    for role in weights.rest(decoder):
-        put(role.path, role, weights.get(params, role.path))
-    for member in weights.members(decoder):
-        block = member.layer.block
-        experts = block.experts if isinstance(block, Routed) and sharding.expert else 0
-        more = -experts % sharding.size(sharding.expert)
-        for role in weights.roles(member.layer, decoder.width):
-            value = np.asarray(weights.get(params, member.path + role.path))
-            if more and weights.EXPERT in role.axes:
-                value = np.pad(value, [(0, 0), (0, more)] + [(0, 0)] * (value.ndim - 2))
-            put(member.path + role.path, role, value)
-        if experts:
-            place = np.tile(np.arange(experts, dtype=np.int32), (len(member.numbers), 1))
-            where: Any = Places(place=jnp.asarray(place), axis=str(sharding.expert))
-            weights.put(made, member.path + weights.PLACES, where)
-    return jax.tree.map(sharding.place, made, partition(decoder, made, sharding))
+    return Sharding(mesh=mesh, batch=axes["batch"], expert=expert, out=out, inputs=axes["in"])
 
 
 def places(decoder: Decoder, widths: Any, sharding: Sharding) -> dict[int, np.ndarray]:
@@ -192,48 +166,147 @@ def places(decoder: Decoder, widths: Any, sharding: Sharding) -> dict[int, np.nd
     return found
 
 
-def partition(decoder: Decoder, params: Any, sharding: Sharding) -> Any:
-    """A tree like the parameters of `PartitionSpec`s."""
+def divided(decoder: Decoder, params: Any, sharding: Sharding) -> Any:
+    """Parameters whose leaves say how they are shared out: `Columns`, `Fragment`, `Places`.
 
-    def spec(weight, expert, axis=None):
-        if isinstance(weight, Columns):
-            return replace(weight, weight=spec(weight.weight, expert, weight.axis))
-        if isinstance(weight, MixedPlanes):
-            stacks = jax.tree.map(lambda a: of_array(a, (expert,), axis), weight.stacks)
-            where: Any = PartitionSpec(None, expert) if expert else PartitionSpec()
-            return replace(weight, stacks=stacks, stack=where, slot=where)
-        first = (None, expert) if expert else ()
-        return jax.tree.map(lambda a: of_array(a, first, axis), weight)
+    Args:
+      decoder: the model.
+      params: of a `LanguageModel`. Experts that have no places yet are in their order.
+      sharding: of the mesh.
+    """
+    made = jax.tree.map(lambda leaf: leaf, params, is_leaf=_is_weight)
 
-    def of_array(a, first, axis):
-        if axis is None:
-            return PartitionSpec(*first)
-        return PartitionSpec(*first, *[None] * (a.ndim - len(first) - 1), axis)
+    def divide(role, leaf, own):
+        if isinstance(leaf, Adapted):
+            return replace(leaf, weight=divide(role, leaf.weight, own))
+        by_columns = sharding.out is not None and weights.OUT in role.axes
+        if by_columns:
+            at = role.axes.index(weights.OUT)
+            by_columns = role.shape[at] % sharding.size(sharding.out) == 0
+        axes = tuple(axis for axis in own if sharding.size(axis) > 1)
+        if axes and weights.IN in role.axes and not isinstance(leaf, BitPlanes | MixedPlanes):
+            at = role.axes.index(weights.IN) - len(role.axes)
+            if role.shape[at] % sharding.size(*axes) == 0:
+                leaf = Fragment(part=leaf, axes=axes, at=at)
+        return Columns(weight=leaf, axis=str(sharding.out)) if by_columns else leaf
 
-    def is_weight(leaf):
-        return isinstance(leaf, BitPlanes | MixedPlanes | Columns)
-
-    specs = jax.tree.map(lambda _: PartitionSpec(), params)
     for role in weights.rest(decoder):
-        if isinstance(own := weights.get(params, role.path), Columns):
-            weights.put(specs, role.path, replace(own, weight=PartitionSpec(own.axis)))
+        leaf = weights.get(params, role.path)
+        weights.put(made, role.path, divide(role, leaf, sharding.inputs))
     for member in weights.members(decoder):
         for role in weights.roles(member.layer, decoder.width):
+            path, own = member.path + role.path, sharding.inputs
+            if weights.EXPERT in role.axes:
+                own = tuple(axis for axis in own if axis != sharding.expert)
+            weights.put(made, path, divide(role, weights.get(params, path), own))
+        block = weights.get(made, member.path + weights.BLOCK)
+        if isinstance(member.layer.block, Routed) and sharding.expert is not None:
+            count = len(member.numbers), member.layer.block.experts
+            order = jnp.broadcast_to(jnp.arange(count[1], dtype=jnp.int32), count)
+            block.setdefault(weights.PLACES[-1], Places(place=order, axis=sharding.expert))
+    return made
+
+
+def _is_weight(leaf: Any) -> bool:
+    return isinstance(leaf, BitPlanes | MixedPlanes | Columns | Fragment | Adapted)
+
+
+def put_on(decoder: Decoder, params: Any, sharding: Sharding) -> Any:
+    """Parameters of this host on the devices of a mesh.
+
+    Experts that do not divide evenly are filled up with zeros, unless they have places already.
+    """
+    params = jax.tree.map(lambda leaf: leaf, params, is_leaf=_is_weight)
+    for member in weights.members(decoder):
+        block = weights.get(params, member.path + weights.BLOCK)
+        if not isinstance(member.layer.block, Routed) or weights.PLACES[-1] in block:
+            continue
+        more = -member.layer.block.experts % sharding.size(sharding.expert)
+        for role in weights.roles(member.layer, decoder.width):
+            if more and weights.EXPERT in role.axes:
+                value = np.asarray(weights.get(params, member.path + role.path))
+                value = np.pad(value, [(0, 0), (0, more)] + [(0, 0)] * (value.ndim - 2))
+                weights.put(params, member.path + role.path, value)
+    return jax.tree.map(
+        lambda leaf, where: sharding.place(leaf, where.spec),
+        params,
+        shardings(decoder, params, sharding),
+    )
+
+
+def shardings(decoder: Decoder, params: Any, sharding: Sharding) -> Any:
+    """A tree like the parameters of `NamedSharding`s."""
+    specs = partition(decoder, divided(decoder, params, sharding), sharding)
+    named = jax.tree.map(partial(NamedSharding, sharding.mesh), specs)
+
+    def plain(leaf):
+        while isinstance(leaf, Columns | Fragment):
+            leaf = leaf.weight if isinstance(leaf, Columns) else leaf.part
+        return replace(leaf, weight=plain(leaf.weight)) if isinstance(leaf, Adapted) else leaf
+
+    named = jax.tree.map(plain, named, is_leaf=_is_weight)
+    for member in weights.members(decoder):  # what `divided` added
+        if weights.PLACES[-1] not in weights.get(params, member.path + weights.BLOCK):
+            weights.get(named, member.path + weights.BLOCK).pop(weights.PLACES[-1], None)
+    return named
+
+
+def partition(decoder: Decoder, params: Any, sharding: Sharding) -> Any:
+    """A tree like `divided` parameters of `PartitionSpec`s."""
+
+    def spec(leaf, expert, axis=None):
+        first = (None, expert) if expert else ()
+        if isinstance(leaf, Columns):
+            return replace(leaf, weight=spec(leaf.weight, expert, leaf.axis))
+        if isinstance(leaf, Adapted):
+            own = jax.tree.map(lambda _: P(*first), leaf)
+            return replace(own, weight=spec(leaf.weight, expert))
+        if isinstance(leaf, MixedPlanes):
+            stacks = jax.tree.map(lambda a: of_array(a, (expert,), axis), leaf.stacks)
+            where: Any = P(*first)
+            return replace(leaf, stacks=stacks, stack=where, slot=where)
+        if isinstance(leaf, Fragment):
+            return replace(leaf, part=of_array(leaf.part, first, axis, leaf))
+        return jax.tree.map(lambda a: of_array(a, first, axis), leaf)
+
+    def of_array(a, first, axis, fragment=None):
+        own: list[Any] = [*first, *[None] * (a.ndim - len(first))]
+        if axis is not None:
+            own[-1] = axis
+        if fragment is not None:
+            own[fragment.at] = fragment.axes
+        return P(*own)
+
+    specs = jax.tree.map(lambda _: P(), params)
+    for role in weights.rest(decoder):
+        leaf = weights.get(params, role.path)
+        if not isinstance(leaf, Columns | Fragment):
+            continue
+        rows = leaf.axis if isinstance(leaf, Columns) else None  # columns of their transposes
+        inner = leaf.weight if isinstance(leaf, Columns) else leaf
+        own: Any = P(rows)
+        if isinstance(inner, Fragment):
+            part: Any = P(rows, inner.axes)
+            own = replace(inner, part=part)
+        weights.put(specs, role.path, replace(leaf, weight=own) if rows else own)
+    for member in weights.members(decoder):
+        block = weights.get(params, member.path + weights.BLOCK)
+        for role in weights.roles(member.layer, decoder.width):
             path = member.path + role.path
-            block = weights.get(params, member.path + weights.BLOCK)
             shared = weights.EXPERT in role.axes and weights.PLACES[-1] in block
-            own = weights.get(params, path)
             expert = sharding.expert if shared else None
-            made = jax.tree.map(lambda w, e=expert: spec(w, e), own, is_leaf=is_weight)
+            made = jax.tree.map(
+                partial(spec, expert=expert), weights.get(params, path), is_leaf=_is_weight
+            )
             weights.put(specs, path, made)
     return specs
 
 
 def cache_partition(decoder: Decoder, cache: Any, sharding: Sharding, batch: Any) -> Any:
-    """A tree like a cache of `PartitionSpec`s, sequences lying along `batch`."""
-    specs = jax.tree.map(lambda _: PartitionSpec(None, batch), cache)
+    """A tree like a cache of `P`s, sequences lying along `batch`."""
+    specs = jax.tree.map(lambda _: P(None, batch), cache)
     for member in weights.members(decoder):
         if sharding.shares_heads(member.layer.mixer):
-            heads: Any = PartitionSpec(None, batch, sharding.out)
+            heads: Any = P(None, batch, sharding.out)
             weights.put(specs, member.path, KeyValues(heads, heads))
     return specs

@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
+import os
 import runpy
 import signal
 import sys
@@ -72,16 +74,66 @@ def adamw(
 
 def data_mesh() -> Mesh:
     """All devices in a row, to share a batch; the compiler splits what follows from it."""
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    return device_mesh({"data": jax.device_count()})
 
 
-def global_batch(mesh: Mesh, shape: tuple[int, ...], row: Callable[[int], np.ndarray]) -> jax.Array:
-    """An array whose first axis is shared among devices; each process makes its own rows."""
+def device_mesh(sizes: Mapping[str, int]) -> Mesh:
+    """All devices, axes as long as `sizes` say.
+
+    Raises:
+      ValueError: if there are more or fewer devices.
+    """
+    if math.prod(sizes.values()) != jax.device_count():
+        wanted = " x ".join(f"{name} {size}" for name, size in sizes.items())
+        raise ValueError(f"a mesh of {wanted} devices; there are {jax.device_count()}")
+    types = (AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types)
+
+
+def mesh_sizes(text: str) -> dict[str, int]:
+    """Axes of a mesh as they are written, "data=4,expert=2".
+
+    Raises:
+      ValueError: if they are written otherwise, or named otherwise.
+    """
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = part.partition("=")
+        if name not in ("data", "expert", "model") or name in sizes or not size.isdecimal():
+            raise ValueError(
+                "--mesh takes axes of data, expert and model, such as data=4,expert=2; "
+                f"got {text!r}"
+            )
+        sizes[name] = int(size)
+    return sizes
+
+
+def global_batch(
+    mesh: Mesh,
+    shape: tuple[int, ...],
+    row: Callable[[int], np.ndarray],
+    axes: tuple[str, ...] = ("data",),
+) -> jax.Array:
+    """An array whose rows are shared along axes; each process makes those of its devices."""
 
     def part(index):
         return np.stack([row(i) for i in range(*index[0].indices(shape[0]))])
 
-    return jax.make_array_from_callback(shape, NamedSharding(mesh, P("data")), part)
+    return jax.make_array_from_callback(shape, NamedSharding(mesh, P(axes)), part)
+
+
+def everywhere(tree: Any) -> Any:
+    """Arrays of this host of a tree that devices of many share; every process must ask."""
+    from jax.experimental import multihost_utils
+
+    return jax.tree.map(
+        lambda a: (
+            np.asarray(a)
+            if a.is_fully_addressable or a.is_fully_replicated
+            else np.asarray(multihost_utils.process_allgather(a, tiled=True))
+        ),
+        tree,
+    )
 
 
 def fit(
@@ -93,6 +145,7 @@ def fit(
     mesh: Mesh,
     steps: int,
     identity: Mapping[str, Any],
+    shardings: Any = None,
     resume: bool = False,
     save_every: int = 500,
     log_every: int = 50,
@@ -107,9 +160,11 @@ def fit(
       state: the initial state.
       step: jitted, (state, batch) -> (state, metrics of scalars); its state is donated.
       batch: step number -> batch.
-      mesh: the state is held whole by each of its devices.
+      mesh: of all devices.
       steps: how many, in all.
-      identity: what must not change between a run and its resumption; plain JSON values.
+      identity: what must not change between a run and its resumption; plain JSON values. The mesh
+        may: a checkpoint is restored onto any.
+      shardings: a tree like the state, already on its devices; None holds it whole on each.
       resume: go on from the newest checkpoint.
       save_every: steps between checkpoints.
       log_every: steps between rows of metrics.
@@ -130,12 +185,19 @@ def fit(
     from rich.progress import TimeRemainingColumn as Remaining
 
     _claim(directory, dict(identity), resume)
-    state = jax.device_put(state, NamedSharding(mesh, P()))
+    if shardings is None:
+        state = jax.device_put(state, NamedSharding(mesh, P()))
     options = ocp.CheckpointManagerOptions(max_to_keep=2)
     with ocp.CheckpointManager((directory / "checkpoints").absolute(), options=options) as manager:
         first = manager.latest_step() or 0
         if first:
             abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+            if shardings is not None:
+                abstract = jax.tree.map(
+                    lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where),
+                    abstract,
+                    shardings,
+                )
             state = manager.restore(first, args=ocp.args.StandardRestore(abstract))
         rows = Metrics(directory / "metrics.csv", first)
         console = Console(stderr=True)
@@ -159,22 +221,36 @@ def fit(
                     words = ", ".join(f"{k} {v:.4g}" for k, v in row.items())
                     console.print(f"step {done}: {words}", highlight=False, soft_wrap=True)
                     started, since = time.perf_counter(), done
-                if done % save_every == 0 or done == steps or signals.received:
+                stop = signals.stop(done)
+                if done % save_every == 0 or done == steps or stop:
                     manager.save(done, args=ocp.args.StandardSave(state))
-                if signals.received:
+                if stop:
                     manager.wait_until_finished()
                     raise KeyboardInterrupt(f"stopped at step {done}; go on with --resume")
     return state
 
 
 class Signals:
-    """While entered, remembers SIGINT and SIGTERM, so that a step is never cut in half."""
+    """While entered, remembers SIGINT and SIGTERM, so that a step is never cut in half.
+
+    Of many processes all must stop at one step. JAX's service for that catches SIGTERM in any of
+    them and chooses the step; SIGINT is made a SIGTERM.
+    """
 
     def __init__(self):
         self.received = False
+        self.many = jax.process_count() > 1
+
+    def stop(self, step: int) -> bool:
+        """Whether to save and end after so many steps; every process must ask after each."""
+        if not self.many:
+            return self.received
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.reached_preemption_sync_point(step)
 
     def __enter__(self) -> Signals:
-        numbers = (signal.SIGINT, signal.SIGTERM)
+        numbers = (signal.SIGINT,) if self.many else (signal.SIGINT, signal.SIGTERM)
         self._before = {number: signal.signal(number, self._receive) for number in numbers}
         return self
 
@@ -184,6 +260,8 @@ class Signals:
 
     def _receive(self, number, frame):
         self.received = True
+        if self.many:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Metrics:
@@ -247,9 +325,15 @@ def command_line(doc: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--steps", type=int, help="instead of the config's")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    parser.add_argument(
-        "--distributed", action="store_true", help="one process of many, as on a TPU pod"
+    group = parser.add_argument_group("one process of many")
+    group.add_argument(
+        "--distributed",
+        action="store_true",
+        help="as the environment says: a TPU pod's, SLURM's, Open MPI's",
     )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens; or so")
+    group.add_argument("--processes", type=int, help="how many there are")
+    group.add_argument("--process", type=int, help="which this is, from 0")
     return parser
 
 
@@ -263,7 +347,16 @@ def begin(arguments: argparse.Namespace, kind: type) -> tuple[Any, Path]:
     Raises:
       ValueError: see `load_recipe`.
     """
-    if arguments.distributed:
+    own = arguments.coordinator, arguments.processes, arguments.process
+    if any(value is not None for value in own):
+        if None in own:
+            raise ValueError("--coordinator, --processes and --process go together")
+        if not 0 <= arguments.process < arguments.processes:
+            raise ValueError(
+                f"--process must be 0 to {arguments.processes - 1}, got {arguments.process}"
+            )
+        jax.distributed.initialize(*own)
+    elif arguments.distributed:
         jax.distributed.initialize()
     recipe = load_recipe(arguments.config, kind)
     return recipe, arguments.out or Path(arguments.config.stem)

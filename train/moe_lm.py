@@ -24,10 +24,24 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from data_sources import no_litter
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from loop import State, adamw, begin, command_line, data_mesh, fit, global_batch, program
+from loop import (
+    State,
+    adamw,
+    begin,
+    command_line,
+    data_mesh,
+    device_mesh,
+    everywhere,
+    fit,
+    global_batch,
+    mesh_sizes,
+    program,
+)
 from recipe import LanguageRecipe
 
+from mcjax import sharding
 from mcjax.atomic import whole
 from mcjax.hub import write
 from mcjax.models import weights
@@ -36,7 +50,7 @@ from mcjax.models.language_model import LanguageModel
 from mcjax.text import beginning, encode_file, open_tokenizer, perplexity, spread, windows
 
 
-def losses(module: LanguageModel, params: Any, tokens: jax.Array, axis: str | None = None):
+def losses(module: LanguageModel, params: Any, tokens: jax.Array):
     """Cross-entropy and the router's two losses.
 
     ``balance = E sum_e f_e P_e`` with f_e the share of routed tokens that expert e got and P_e its
@@ -47,7 +61,6 @@ def losses(module: LanguageModel, params: Any, tokens: jax.Array, axis: str | No
       module: the model.
       params: its parameters.
       tokens: int [B, T + 1].
-      axis: a mapped axis over which B is shared, whose means are taken.
 
     Returns:
       Cross-entropy, balance, z, and the least share of tokens that any expert of any layer got,
@@ -55,10 +68,6 @@ def losses(module: LanguageModel, params: Any, tokens: jax.Array, axis: str | No
     """
     blocks = [layer.block for layer in module.decoder.layers if isinstance(layer.block, Routed)]
     experts, score = blocks[0].experts, blocks[0].routing.score
-
-    def mean(x):
-        return x if axis is None else jax.lax.pmean(x, axis)
-
     wanted = ["router", "experts"]
     logits, seen = module.apply({"params": params}, tokens[:, :-1], mutable=wanted)
     logits = logits.astype(jnp.float32)
@@ -66,35 +75,63 @@ def losses(module: LanguageModel, params: Any, tokens: jax.Array, axis: str | No
 
     # Stacked over the layers of every segment: [L, N, E] and [L, N, K].
     router, index = (jnp.concatenate(jax.tree.leaves(seen[name])) for name in wanted)
-    share = mean(jax.nn.one_hot(index, experts).mean((1, 2)))
+    share = jax.nn.one_hot(index, experts).mean((1, 2))
     if score == "softmax":
         probability = jax.nn.softmax(router)
     else:
         probability = jax.nn.sigmoid(router)
         probability = probability / jnp.sum(probability, axis=-1, keepdims=True)
-    balance = experts * jnp.sum(share * mean(probability.mean(1)), axis=-1).mean()
-    z = mean(jnp.mean(jax.nn.logsumexp(router, axis=-1) ** 2))
-    return mean(entropy), balance, z, jnp.min(share) * experts
+    balance = experts * jnp.sum(share * probability.mean(1), axis=-1).mean()
+    z = jnp.mean(jax.nn.logsumexp(router, axis=-1) ** 2)
+    return entropy, balance, z, jnp.min(share) * experts
 
 
-def make_step(module: LanguageModel, recipe: LanguageRecipe, optimiser, mesh):
-    """The jitted training step: each device routes and computes its own sequences."""
-    shared = jax.shard_map(
-        partial(losses, module, axis="data"),
-        mesh=mesh,
-        in_specs=(P(), P("data")),
-        out_specs=P(),
-        check_vma=False,
+def begun(recipe: LanguageRecipe, module: LanguageModel, optimiser) -> tuple[State, Any]:
+    """The first state, made on the devices that hold it, and its shardings; None without a mesh."""
+
+    def state(key):
+        params = weights.init(recipe.decoder, key)
+        return State(jnp.zeros((), jnp.int32), params, optimiser.init(params))
+
+    key, shared = jax.random.key(recipe.seed), module.shared
+    if shared is None:
+        return jax.jit(state)(key), None
+    like = jax.eval_shape(state, key)
+    own = sharding.shardings(recipe.decoder, like.params, shared)
+    whole = NamedSharding(shared.mesh, P())
+    moments = optax.tree.map_params(
+        optimiser, lambda _, where: where, like.optimiser, own, transform_non_params=lambda _: whole
     )
+    where = State(whole, own, moments)
+    return jax.jit(state, out_shardings=where)(key), where
+
+
+def make_step(module: LanguageModel, recipe: LanguageRecipe, optimiser):
+    """The jitted training step."""
 
     def objective(params, tokens):
-        entropy, balance, z, least = shared(params, tokens)
+        entropy, balance, z, least = losses(module, params, tokens)
         total = entropy + recipe.balance * balance + recipe.router_z * z
         return total, {"loss": entropy, "balance": balance, "z": z, "least_used": least}
 
     @partial(jax.jit, donate_argnums=0)
     def step(state: State, tokens: jax.Array) -> tuple[State, dict[str, jax.Array]]:
-        (_, metrics), gradient = jax.value_and_grad(objective, has_aux=True)(state.params, tokens)
+        derive = jax.grad(objective, has_aux=True)
+        if recipe.accumulation == 1:
+            gradient, metrics = derive(state.params, tokens)
+        else:
+
+            def add(total, part):
+                return jax.tree.map(jnp.add, total, derive(state.params, part)), None
+
+            # Rows by turns, so that each part lies on all devices as the batch does.
+            parts = jnp.swapaxes(tokens.reshape(-1, recipe.accumulation, tokens.shape[1]), 0, 1)
+            zeros = jax.tree.map(
+                lambda a: jnp.zeros(a.shape, a.dtype),
+                jax.eval_shape(derive, state.params, parts[0]),
+            )
+            total, _ = jax.lax.scan(add, zeros, parts)
+            gradient, metrics = jax.tree.map(lambda a: a / recipe.accumulation, total)
         update, opt = optimiser.update(gradient, state.optimiser, state.params)
         metrics["gradient_norm"] = optax.tree.norm(gradient)
         params = optax.apply_updates(state.params, update)
@@ -261,8 +298,17 @@ def train(
     text: list[str],
     tokenizer: Path | None = None,
     resume: bool = False,
+    mesh: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Trains and exports; see the module's docstring for what `out` then holds.
+
+    Args:
+      recipe: what to train.
+      out: folder to write.
+      text: files, or one TFDS name.
+      tokenizer: to use; None makes one.
+      resume: go on from the last checkpoint in `out`.
+      mesh: how long its axes `data`, `expert` and `model` are; None has all devices along `data`.
 
     Returns:
       The last row of metrics.
@@ -270,18 +316,18 @@ def train(
     Raises:
       ValueError: for text, recipe or folder that cannot be used.
     """
-    mesh = data_mesh()
-    if recipe.batch_size % mesh.size:
-        raise ValueError(
-            f"recipe: batch_size {recipe.batch_size} cannot be shared by {mesh.size} devices"
-        )
+    devices = data_mesh() if mesh is None else device_mesh(mesh)
+    shared = sharding.resolve(devices, sharding.FULLY) if devices.size > 1 else None
+    _check_shared(recipe, shared)
     if out.exists() and not resume:
         raise ValueError(f"{out} exists; choose another --out, or go on with --resume")
     work = out.with_name(out.name + ".text")
     work.mkdir(parents=True, exist_ok=True)
     try:
         corpus, validation, digest = prepare(recipe, text, tokenizer, work)
-        module = LanguageModel(recipe.decoder, dtype=jnp.dtype(recipe.dtype))
+        module = LanguageModel(
+            recipe.decoder, dtype=jnp.dtype(recipe.dtype), shared=shared, remat=recipe.remat
+        )
         optimiser = adamw(
             learning_rate=recipe.learning_rate,
             warmup=recipe.warmup,
@@ -290,35 +336,54 @@ def train(
             clip=recipe.clip,
             decays=weights.labels(recipe.decoder, lambda role: len(role.shape) > 1),
         )
-        params = jax.jit(partial(weights.init, recipe.decoder))(jax.random.key(recipe.seed))
-        state = State(jnp.zeros((), jnp.int32), params, optimiser.init(params))
+        state, where = begun(recipe, module, optimiser)
+        axes = ("data",) if shared is None else shared.batch
         shape = (recipe.batch_size, recipe.seq_len + 1)
         last: dict[str, Any] = {}
 
         def evaluate(state):
             some = spread(validation, 64)
-            last["perplexity"] = perplexity(module, jax.device_get(state.params), some)[0]
+            last["perplexity"] = perplexity(module, state.params, some)[0]
             return dict(last)
 
         state = fit(
             out,
             state,
-            make_step(module, recipe, optimiser, mesh),
-            lambda i: global_batch(mesh, shape, partial(corpus.row, recipe.seed, i)),
-            mesh=mesh,
+            make_step(module, recipe, optimiser),
+            lambda i: global_batch(devices, shape, partial(corpus.row, recipe.seed, i), axes),
+            mesh=devices,
             steps=recipe.steps,
             identity=recipe.to_dict() | {"text": digest},
+            shardings=where,
             resume=resume,
             save_every=recipe.save_every,
             log_every=recipe.log_every,
             evaluate=evaluate,
             evaluate_every=recipe.evaluate_every,
         )
+        params = everywhere(state.params)
         if jax.process_index() == 0:
-            export(out, work, recipe.model, jax.device_get(state.params))
+            export(out, work, recipe.model, params)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return last
+
+
+def _check_shared(recipe: LanguageRecipe, shared: sharding.Sharding | None) -> None:
+    """Raises ValueError if a mesh cannot share a batch or experts evenly."""
+    if shared is None:
+        return
+    rows, experts = shared.size(*shared.batch), shared.size(shared.expert)
+    if recipe.batch_size % (rows * recipe.accumulation):
+        parts = f", in {recipe.accumulation} parts" if recipe.accumulation > 1 else ""
+        raise ValueError(
+            f"recipe: batch_size {recipe.batch_size} cannot be shared by {rows} devices{parts}"
+        )
+    for layer in recipe.decoder.layers:
+        if isinstance(layer.block, Routed) and layer.block.experts % experts:
+            raise ValueError(
+                f"recipe: {layer.block.experts} experts cannot be shared by {experts} devices"
+            )
 
 
 def export(out: Path, work: Path, config: Mapping[str, Any], params: Any) -> None:
@@ -364,6 +429,12 @@ def main() -> None:
         help="train on this instead of the config's text; repeat for more files",
     )
     parser.add_argument("--tokenizer", type=Path, help="a tokenizer.json to use")
+    parser.add_argument(
+        "--mesh",
+        metavar="AXES",
+        help="how devices share the work, such as data=4,expert=2,model=1; by default along data. "
+        "Parameters and the optimiser's state are cut along data and expert, experts are whole",
+    )
     arguments = parser.parse_args()
     recipe, out = begin(arguments, LanguageRecipe)
     if arguments.steps is not None:
@@ -372,7 +443,15 @@ def main() -> None:
     text = arguments.text or [t if ":" in t else str(beside / t) for t in recipe.text]
     if not text:
         raise ValueError(f"{arguments.config} names no text; give --text FILE or tfds:NAME")
-    last = train(recipe, out, text=text, tokenizer=arguments.tokenizer, resume=arguments.resume)
+    mesh = None if arguments.mesh is None else mesh_sizes(arguments.mesh)
+    last = train(
+        recipe,
+        out,
+        text=text,
+        tokenizer=arguments.tokenizer,
+        resume=arguments.resume,
+        mesh=mesh,
+    )
     print(f"{out}/model: held-out perplexity {last.get('perplexity', float('nan')):.2f}")
 
 

@@ -47,6 +47,8 @@ class LanguageRecipe:
         for the k experts of each token).
       router_z: weight of the router's z-loss (ST-MoE, arXiv 2202.08906, eq. 5).
       dtype: of activations and products; parameters stay float32.
+      accumulation: parts of a batch whose gradients are computed one after the other.
+      remat: compute each layer again on the way back, for memory.
       seed: of parameters and batches.
       save_every: steps between checkpoints.
       log_every: steps between rows of metrics.
@@ -66,15 +68,23 @@ class LanguageRecipe:
     balance: float = 0.01
     router_z: float = 0.001
     dtype: str = "float32"
+    accumulation: int = 1
+    remat: bool = False
     seed: int = 0
     save_every: int = 500
     log_every: int = 50
     evaluate_every: int = 500
 
     def __post_init__(self):
-        for name in ("seq_len", "batch_size", "steps", "save_every", "log_every"):
+        least = ("seq_len", "batch_size", "steps", "save_every", "log_every", "accumulation")
+        for name in least:
             if getattr(self, name) < 1:
                 raise ValueError(f"recipe: {name} must be at least 1, got {getattr(self, name)}")
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"recipe: a batch_size of {self.batch_size} cannot be cut into "
+                f"{self.accumulation} parts"
+            )
         if not 0 < self.held_out < 1:
             raise ValueError(f"recipe: held_out must be between 0 and 1, got {self.held_out}")
         if self.dtype not in ("float32", "bfloat16"):

@@ -20,10 +20,11 @@ from mcjax.models.latent import Latents, latent
 from mcjax.models.norms import rms_norm
 from mcjax.models.recurrent import Recurrent, convolution
 from mcjax.models.rope import STRETCHED
-from mcjax.ops import Columns, narrow_dot
+from mcjax.ops import Columns, Fragment, narrow_dot
 from mcjax.ops.columns import held, within
+from mcjax.ops.fragments import WHOLE, put_together
 from mcjax.ops.linear import automatic
-from mcjax.sharding import Sharding, cache_partition, partition
+from mcjax.sharding import Sharding, cache_partition, divided, partition
 
 SOWN = ("router", "experts", "keep", "recurrent")
 """Taps that come back as collections of their names: logits of routers, the
@@ -129,6 +130,7 @@ def forward(
     act_bits: int | None = None,
     taps: Sequence[str] = (),
     shared: Sharding | None = None,
+    remat: bool = False,
 ) -> tuple[jax.Array, Any, dict[str, Any]]:
     """Next-token logits; see `LanguageModel.__call__`.
 
@@ -136,8 +138,9 @@ def forward(
       Logits, the cache, and the `taps` asked for: of each name nested dicts like the parameters',
       with arrays [R, ...] for the layers that have it.
     """
-    run = partial(_forward, decoder, dtype=dtype, act_bits=act_bits, taps=tuple(taps))
+    run = partial(_forward, decoder, dtype=dtype, act_bits=act_bits, taps=tuple(taps), remat=remat)
     if shared is not None:
+        params = divided(decoder, params, shared)
         batch = shared.batch_spec(tokens.shape[0])
         rows = PartitionSpec(batch)
         of_cache = None if cache is None else cache_partition(decoder, cache, shared, batch)
@@ -159,12 +162,16 @@ def forward(
     return automatic(run, params, tokens, positions, cache, length, only, result=specs)
 
 
-def _forward(decoder, params, tokens, positions, cache, length, only, *, dtype, act_bits, taps):
+def _forward(
+    decoder, params, tokens, positions, cache, length, only, *, dtype, act_bits, taps, remat
+):
     decoding = positions is not None and length is None
     if positions is None:
         positions = jnp.arange(tokens.shape[1])[None]
     positions = jnp.asarray(positions).astype(jnp.int32)
-    x = embed(decoder, params, tokens, dtype)
+    outside = {role.path[0]: params[role.path[0]] for role in weights.rest(decoder)}
+    outside = put_together(outside, dtype)
+    x = embed(decoder, outside, tokens, dtype)
     cache = dict(cache) if cache is not None else None
     tapped: dict[str, Any] = {}
     for s, segment in enumerate(decoder.segments):
@@ -174,7 +181,7 @@ def _forward(decoder, params, tokens, positions, cache, length, only, *, dtype, 
         def period(carry, own, segment=segment, together=together):
             x, kept = carry
             own, repeat = own
-            own = together(own)
+            own = put_together(together(own), dtype)
             pruned = any("threshold" in own[key]["block"] for key in own)
             context = Context(positions, length, repeat, decoding, pruned and not decoding)
             wanted: dict[str, Any] = {}
@@ -190,6 +197,12 @@ def _forward(decoder, params, tokens, positions, cache, length, only, *, dtype, 
                         weights.put(wanted, (tap, key), seen[tap])
             return (x, kept), wanted
 
+        if remat:
+            period = jax.checkpoint(period)
+        elif any(isinstance(w, Fragment) for w in jax.tree.leaves(params[name], is_leaf=_cut)):
+            # What devices put together for a layer they do so again on the way back.
+            policy = jax.checkpoint_policies.save_anything_except_these_names(WHOLE)
+            period = jax.checkpoint(period, policy=policy)
         carry = (x, None if cache is None else cache[name])
         every = apart, jnp.arange(segment.repeats, dtype=jnp.int32)
         (x, kept), wanted = jax.lax.scan(period, carry, every)
@@ -199,8 +212,12 @@ def _forward(decoder, params, tokens, positions, cache, length, only, *, dtype, 
             cache[name] = kept
     if only is not None:
         x = jnp.take_along_axis(x, only[:, None, None], axis=1)
-    head = params["embedding" if decoder.tied else "head"]
-    return predict(decoder, params["norm"], held(head), x), cache, tapped
+    head = outside["embedding" if decoder.tied else "head"]
+    return predict(decoder, outside["norm"], held(head), x), cache, tapped
+
+
+def _cut(leaf: Any) -> bool:
+    return isinstance(leaf, Fragment)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -247,6 +264,7 @@ class LanguageModel(nn.Module):
       cache_dtype: of keys, values and latents of past tokens, None for `dtype`. A recurrent state
         is float32 in any case.
       shared: a mesh that parameters and sequences are shared out on, see `mcjax.sharding`.
+      remat: whether derivatives compute each layer again rather than keep what it computed.
     """
 
     decoder: Decoder
@@ -254,6 +272,7 @@ class LanguageModel(nn.Module):
     act_bits: int | None = None
     cache_dtype: Any = None
     shared: Sharding | None = None
+    remat: bool = False
 
     @property
     def config(self) -> Decoder:
@@ -315,6 +334,7 @@ class LanguageModel(nn.Module):
             act_bits=self.act_bits,
             taps=taps,
             shared=self.shared,
+            remat=self.remat,
         )
         for tap, values in seen.items():
             self.sow(tap, "layers", values, reduce_fn=lambda _, new: new, init_fn=dict)

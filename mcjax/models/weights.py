@@ -34,7 +34,7 @@ AFTER = "block_after"
 """The scale of the norm of what a network gives, in layers that have one."""
 
 
-EXPERT, OUT = "expert", "out"
+EXPERT, OUT, IN = "expert", "out", "in"
 """Names of axes of weights, see `Role.axes`."""
 
 
@@ -73,9 +73,9 @@ class Role(NamedTuple):
         """
         expert = (EXPERT,) if self.path[:-1] == EXPERTS else ()
         if self.tap is not None and self.tap != "latent":
-            return (*expert, "in", OUT)
+            return (*expert, IN, OUT)
         if self.path in (("embedding",), ("head",)):
-            return (OUT, "in")
+            return (OUT, IN)
         of_network = self.path[-1] in ("gate_bias", "up_bias", "down_bias")
         return (*expert, *[None] * (len(self.shape) - len(expert) - 1), OUT if of_network else None)
 

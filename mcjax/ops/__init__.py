@@ -6,6 +6,7 @@ choice    which product they use
 columns   a weight whose output features are shared out along an axis of a mesh
 device    what the device can do
 exchange  rows sent to the devices that have their experts, and back
+fragments arrays cut along an axis of a mesh, whole only while they are used
 grouped   rows sorted by expert, so that each is computed once
 popcount  int8 activations against planes, by counting bits
 tiled     dequantised a tile at a time
@@ -22,12 +23,14 @@ from mcjax.ops.adapted import Adapted
 from mcjax.ops.columns import Columns
 from mcjax.ops.dot import Shifted, aligned, dense, dot, expert_dot, expert_rows_dot
 from mcjax.ops.exchange import Places
+from mcjax.ops.fragments import Fragment
 from mcjax.ops.grouped import expert_map
 from mcjax.ops.narrow import narrow_dot
 
 __all__ = [
     "Adapted",
     "Columns",
+    "Fragment",
     "Places",
     "Shifted",
     "aligned",
