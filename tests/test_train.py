@@ -3,8 +3,10 @@
 import dataclasses
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -226,3 +228,47 @@ def test_bad_input(tmp_path, text_file, trained, capsys, monkeypatch):
     assert not (tmp_path / "new").exists() and not (tmp_path / "new.text").exists()
     with pytest.raises(ValueError, match="seq_len 64 exceeds"):
         dataclasses.replace(RECIPE, seq_len=64)
+
+
+@pytest.mark.slow
+def test_one_process_of_two_is_stopped(tmp_path, text_file):
+    """Both save and end; one process with one device goes on as if it had run from the first."""
+    config = tmp_path / "config.py"
+    recipe = dataclasses.replace(RECIPE, steps=150, save_every=1000, evaluate_every=150)
+    made = f"from recipe import LanguageRecipe\nrecipe = LanguageRecipe(**{vars(recipe)})\n"
+    config.write_text(made)
+
+    def start(out, *more, devices=1):
+        command = [sys.executable, str(TRAIN / "moe_lm.py"), "--config", str(config)]
+        command += ["--out", str(out), "--text", str(text_file), *map(str, more)]
+        flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(command, env={**os.environ, **flags}, **pipe)
+
+    def losses(out):
+        lines = [line.split(",") for line in (out / "metrics.csv").read_text().splitlines()]
+        step, loss = (lines[0].index(name) for name in ("step", "loss"))
+        return {int(line[step]): float(line[loss]) for line in lines[1:]}
+
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    out = tmp_path / "run"
+    common = ["--coordinator", f"localhost:{port}", "--processes", 2, "--mesh", "data=2,expert=2"]
+    pair = [start(out, *common, "--process", n, devices=2) for n in range(2)]
+    for _ in range(600):
+        if (out / "metrics.csv").exists() and len(losses(out)) > 2:
+            break
+        time.sleep(0.2)
+    pair[1].terminate()
+    said = [process.communicate(timeout=120)[0] for process in pair]
+    assert [process.returncode for process in pair] == [130, 130], said
+    (saved,) = map(int, os.listdir(out / "checkpoints"))
+    assert all(f"stopped at step {saved}" in words for words in said)
+
+    alone = tmp_path / "alone"
+    for process in (start(out, "--resume"), start(alone)):
+        words = process.communicate(timeout=300)[0]
+        assert process.returncode == 0, words
+    last = [losses(run) for run in (out, alone)]
+    assert saved < 150 and last[0] == pytest.approx(last[1], rel=0.02)

@@ -122,6 +122,14 @@ def global_batch(
     return jax.make_array_from_callback(shape, NamedSharding(mesh, P(axes)), part)
 
 
+def meet(where: str) -> None:
+    """Waits for all processes; `where` names the place."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(where)
+
+
 def everywhere(tree: Any) -> Any:
     """Arrays of this host of a tree that devices of many share; every process must ask."""
     from jax.experimental import multihost_utils
@@ -290,10 +298,13 @@ def _claim(directory: Path, identity: dict[str, Any], resume: bool) -> None:
     """Makes the directory of a run, or checks that it is of this one."""
     file = directory / "recipe.json"
     identity = json.loads(json.dumps(identity))
-    if not directory.exists():
+    there = directory.exists()
+    meet("seen")  # all have looked before the first one makes it
+    if not there:
         if jax.process_index() == 0:
             directory.mkdir(parents=True)
             file.write_text(json.dumps(identity, indent=2))
+        meet("made")
         return
     if not resume:
         raise ValueError(f"{directory} exists; choose another --out, or go on with --resume")

@@ -321,7 +321,8 @@ def train(
     _check_shared(recipe, shared)
     if out.exists() and not resume:
         raise ValueError(f"{out} exists; choose another --out, or go on with --resume")
-    work = out.with_name(out.name + ".text")
+    number = f".{jax.process_index()}" if jax.process_count() > 1 else ""
+    work = out.with_name(f"{out.name}.text{number}")
     work.mkdir(parents=True, exist_ok=True)
     try:
         corpus, validation, digest = prepare(recipe, text, tokenizer, work)
