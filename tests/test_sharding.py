@@ -1,6 +1,8 @@
 """Models shared out on meshes of devices, virtual ones of the CPU."""
 
+import json
 import os
+import socket
 import subprocess
 import sys
 import textwrap
@@ -15,6 +17,7 @@ from small_models import small_config, small_model
 
 import mcjax
 from mcjax import sharding
+from mcjax.generate import generate
 from mcjax.models import weights
 from mcjax.models.families import describe
 from mcjax.parameters import Spread
@@ -22,7 +25,7 @@ from mcjax.parameters import Spread
 TESTS = str(Path(__file__).parent)
 
 BEGIN = """
-    import os, re, sys
+    import json, os, re, sys
     os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
     import jax, jax.numpy as jnp, numpy as np, mcjax
     from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
@@ -212,3 +215,50 @@ def test_one_device_is_a_mesh_too(artifact):
     tokens = np.arange(12).reshape(2, 6)
     model = mcjax.load(artifact, budget=2.25, mesh=mesh(data=1, expert=1, model=1))
     np.testing.assert_allclose(model(tokens), mcjax.load(artifact, budget=2.25)(tokens), atol=1e-5)
+
+
+def test_two_processes(artifact, tmp_path):
+    """Each reads the experts of its own devices; together they write what one device writes."""
+    program = """
+        jax.distributed.initialize(sys.argv[3], 2, int(sys.argv[2]))
+        from mcjax.generate import generate
+        model = mcjax.load(sys.argv[1], budget=2.25, mesh=mesh_of(1, 4, 1))
+        logits = model(np.arange(40).reshape(4, 10) % 300)
+        for shard in logits.addressable_shards:
+            np.save(f"{sys.argv[4]}/{shard.index[0].start}.npy", shard.data)
+        made = generate(model.module, model.params, [[1, 2, 3], [4, 5], [6], [7, 8]], 4)
+        print(json.dumps([np.stack(list(made)).tolist(), model.bytes_read, model.average_bits]))
+    """
+    program = textwrap.dedent(BEGIN).replace("=8", "=2") + textwrap.dedent(program)
+    port = free_port()
+    pair = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(artifact), str(n), port, str(tmp_path)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for n in range(2)
+    ]
+    said = [process.communicate(timeout=300) for process in pair]
+    assert not any(process.returncode for process in pair), said[0][1][-2000:] + said[1][1][-2000:]
+    one = mcjax.load(artifact, budget=2.25)
+    expected = np.asarray(one(np.arange(40).reshape(4, 10) % 300))
+    for n in range(4):
+        np.testing.assert_allclose(np.load(tmp_path / f"{n}.npy")[0], expected[n], atol=2e-5)
+    written = generate(one.module, one.params, [[1, 2, 3], [4, 5], [6], [7, 8]], 4)
+    written = np.stack(list(written)).tolist()
+    found = [json.loads(words.splitlines()[-1]) for words, _ in said]
+    assert [each[0] for each in found] == [written, written]
+    assert [each[2] for each in found] == [one.average_bits] * 2
+    experts = one.expert_bytes_read
+    others = one.bytes_read - experts
+    assert sum(each[1] for each in found) == experts + 2 * others
+    assert max(each[1] for each in found) < 0.65 * experts + others
+
+
+def free_port():
+    """Of this host."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return f"localhost:{free.getsockname()[1]}"
