@@ -2,7 +2,7 @@
 
 A *part* of a layer is its weights that multiply the same input, such as `gate` and `up`, or `down`,
 or `qkv`; each routed expert has its own. An artifact tells what each part at each width k costs,
-L_ik nats a token of divergence from the model as it was, see `mcjax.probe`. Widths then
+L_ik nats a token of divergence from the model as it was, see `mcjax.sensitivity`. Widths then
 
     minimise   sum_ik L_ik x_ik
     subject to sum_k x_ik = 1 for every part i,  sum_ik S_ik x_ik <= budget,  x binary
@@ -185,19 +185,26 @@ def _programme(mine, manifest, stored, in_bytes) -> tuple[list[np.ndarray], list
     return cost, size
 
 
+LEAST = 1e-4
+"""Of the most that an expert costs, what each costs at least: a sample may have missed it."""
+
+
 def costs(manifest: Mapping[str, Any], part: Part) -> np.ndarray:
     """What a part costs at each of its widths, nats a token: [E, widths], E 1 unless routed.
 
-    Its divergence at one width was measured for all experts at once; experts and widths share it
-    as the squares of the changes that they make to what the part gives.
+    What was measured at the end of the model, see `mcjax.sensitivity`, is a sample: of few windows
+    for an expert of few tokens. The square of the change that an expert makes to what its layer
+    gives rests on all calibration tokens. So experts share what was measured for all of them by the
+    geometric mean of both, which chooses better than either (ours).
     """
     measured = manifest["statistics"]["parts"][part.layer][part.tap]
-    squared = np.atleast_2d(np.array(measured["squared"], np.float64))
-    # What calibration hardly reached, or rounding left nothing of, costs a little all the same.
-    squared = np.maximum(squared, 0) + 1e-6 * np.abs(squared).max()
-    probed = squared[:, part.widths.index(measured["width"])].sum()
-    cost = max(measured["divergence"], 1e-9) * squared / max(probed, 1e-30)
-    return np.minimum.accumulate(cost, axis=1)
+    cost = np.array(measured["cost"], np.float64)
+    if part.experts:
+        squared = np.maximum(np.array(measured["squared"], np.float64), 0)
+        both = [a + LEAST * a.max(axis=0) + 1e-30 for a in (cost, squared)]
+        share = np.sqrt(both[0] * both[1])
+        cost = cost.sum(axis=0) * share / share.sum(axis=0)
+    return np.minimum.accumulate(np.maximum(cost, 1e-15), axis=1)
 
 
 def statistics(manifest: Mapping[str, Any], most: int) -> pmq.ExpertStatistics:

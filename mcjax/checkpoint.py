@@ -32,7 +32,7 @@ from mcjax.models import weights
 from mcjax.models.decoder import Decoder
 from mcjax.models.families import describe
 
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 MANIFEST = "manifest.json"
 INTERCEPT = (*weights.BLOCK, "intercept")
 BY_EXPERT = tuple(".".join((*weights.EXPERTS, name, "")) for name in ("gate", "up", "down"))

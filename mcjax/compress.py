@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from mcjax import checkpoint, importance, probe, text
+from mcjax import allocate, checkpoint, importance, parameters, sensitivity, text
 from mcjax.atomic import whole
 from mcjax.bitplane import BitPlanes, resolve_group_size
 from mcjax.calibrate import Seen, observe
@@ -52,6 +52,11 @@ TUNED = "best"
 
 TUNING = "tuning.npz"
 """What an interrupted tuning goes on from."""
+
+COSTS = "costs_{}.json"
+"""What parts cost, before tuning and after."""
+
+WHEN = ("compressed", "tuned")
 
 UNTUNED = "untuned"
 """Where layers are from which tuning began, once those that it wrote have taken their place."""
@@ -172,13 +177,13 @@ def compress(
         manifest, target = _run(folder, windows, lessons, *options)
         _copy_beside(folder.path, partial_out)
         if lessons is not None:
-            manifest = _tune(partial_out, manifest, plan, lessons, target, progress)
+            given = folder, windows, lessons, target
+            manifest = _tune(partial_out, manifest, plan, given, progress)
         checkpoint.write_manifest(partial_out, manifest)
-        for name in (TUNING, importance.KEPT):
+        for name in (TUNING, importance.KEPT, *(COSTS.format(when) for when in WHEN)):
             (partial_out / name).unlink(missing_ok=True)
         for i in range(len(decoder.layers)):
             (partial_out / f"layer_{i}.json").unlink()
-            (partial_out / f"probe_{i}.npz").unlink()
         shutil.rmtree(partial_out / UNTUNED, ignore_errors=True)
         (partial_out / "identity.json").unlink()
         os.replace(partial_out, out)
@@ -241,7 +246,7 @@ def _run(folder, windows, lessons, directory, identity, given, batch_tokens, pro
     tokens = windows if lessons is None else np.concatenate([windows, lessons])
     x = np.array(embed(decoder, outside, tokens, jnp.float32))
     del outside
-    places, probed = weights.budgeted_layers(decoder), probe.begin(windows.shape[1])
+    places = weights.budgeted_layers(decoder)
     how = Options(
         identity["max_bits"],
         identity["group_size"],
@@ -252,13 +257,9 @@ def _run(folder, windows, lessons, directory, identity, given, batch_tokens, pro
     for i in progress(range(len(decoder.layers)), description="layers"):
         given_here = given[places.index(i)] if given is not None and i in places else None
         options = len(windows), batch, directory, how, given_here
-        x, probed = _one_layer(folder, i, x, matter[i], probed, *options)
+        x = _one_layer(folder, i, x, matter[i], *options)
         records.append(read_json(directory / f"layer_{i}.json"))
-    followed = slice(probed.windows), slice(probed.length)
     outside = folder.read_rest()
-    far = probe.divergences(decoder, outside, x[followed], probed)
-    for (i, tap), value in far.items():
-        records[i]["parts"][tap]["divergence"] = value
     plain = sum(leaf.nbytes for leaf in jax.tree.leaves(_narrow(outside)))
     names = ("frequency", "routing_weight", "error", "ratio", "slope")
     manifest = {
@@ -275,20 +276,74 @@ def _run(folder, windows, lessons, directory, identity, given, batch_tokens, pro
             **{f"layers/{i}": record["checksums"] for i, record in enumerate(records)},
         },
     }
+    checkpoint.write_manifest(directory, manifest)
+    reader = checkpoint.ArtifactReader(directory)
+
+    @lru_cache(maxsize=1)
+    def planes(i):
+        return parameters.read_every_width(reader, i)
+
+    def at(i, path, k):
+        return planes(i)[path].slice(k).dequantize()
+
+    manifest = _measured(folder, manifest, windows, at, directory, WHEN[0], progress)
     return manifest, x[len(windows) :].copy()
 
 
+def _measured(
+    folder: Folder,
+    manifest: dict[str, Any],
+    windows: np.ndarray,
+    at: sensitivity.At,
+    directory: Path,
+    when: str,
+    progress: Callable[..., Any],
+) -> dict[str, Any]:
+    """The manifest with what parts cost, measured unless that is there already."""
+    decoder, file = folder.decoder, directory / COSTS.format(when)
+    if not file.exists():
+        widths: list[dict[str, tuple[int, ...]]] = [{} for _ in decoder.layers]
+        for part in allocate.parts(decoder, manifest):
+            widths[part.layer][part.tap] = part.widths
+
+        def dense(i):
+            return _dense(_stored(folder, i))
+
+        found = sensitivity.costs(
+            decoder,
+            widths,
+            folder.read_rest(),
+            dense,
+            at,
+            windows,
+            directory,
+            partial(progress, description="what parts cost"),
+        )
+        _write_json(file, {"layers": jax.tree.map(np.ndarray.tolist, found)})
+    statistics, kept = manifest["statistics"], read_json(file)["layers"]
+    parts = [
+        {tap: part | {"cost": costs[tap]} for tap, part in of_layer.items()}
+        for of_layer, costs in zip(statistics["parts"], kept, strict=True)
+    ]
+    return {**manifest, "statistics": {**statistics, "parts": parts}}
+
+
 def _tune(
-    directory: Path, manifest: dict[str, Any], plan: Sequence[Setting], lessons, target, progress
+    directory: Path, manifest: dict[str, Any], plan: Sequence[Setting], given: tuple, progress
 ) -> dict[str, Any]:
     """Trains the tables of an artifact that is whole but for its place; its manifest as it is now.
 
     The layers as they were stay beside those written anew until all of these are there.
     """
+    folder, windows, lessons, target = given
     checkpoint.write_manifest(directory, manifest)
     reader = checkpoint.ArtifactReader(directory)
     keep, layers, tuned = (directory / name for name in (TUNING, "layers", "tuned"))
-    tables = tune_artifact(reader, plan, lessons, target, keep, progress)
+
+    def measure(state):
+        return _measured(folder, manifest, windows, state.dense, directory, WHEN[1], progress)
+
+    tables, manifest = tune_artifact(reader, plan, lessons, target, keep, measure, progress)
     shutil.rmtree(tuned, ignore_errors=True)
     tuned.mkdir()
     sums = dict(manifest["checksums"])
@@ -308,31 +363,22 @@ def _one_layer(
     i: int,
     x: np.ndarray,
     matter: importance.Importance,
-    probed,
     watched: int,
     batch: int,
     directory: Path,
     how: Options,
     given,
 ):
-    """Saves a layer unless it is there; its output for all windows and for what is probed."""
+    """Saves a layer unless it is there; its output for all windows."""
     decoder = folder.decoder
     stored = _stored(folder, i)
     own = _dense(stored)
     done = directory / f"layer_{i}.json"
     y, grams, seen = _observe(decoder, i, own, x, matter, 0 if done.exists() else watched, batch)
-    run = partial(_outputs, decoder, i)
-    states = [run(own, state) for state in probed.states]
-    taps = weights.by_tap(decoder.layers[i], decoder.width)
-    place = [*probed.place, *((i, tap) for tap in taps)]
-    beginnings = directory / f"probe_{i}.npz"
     if done.exists():
-        new = probe.restore(beginnings)
-        return y, probed._replace(place=place, states=[*states, *(new[tap] for tap in taps)])
+        return y
     shutil.rmtree(directory / "layers" / str(i), ignore_errors=True)
     record, planes = quantize_layer(decoder, decoder.layers[i], own, grams, seen, how, given)
-    new = probe.start(taps, own, planes, x[: probed.windows, : probed.length], run)
-    probe.save(beginnings, new)
     del own
     tree = _narrow(stored)
     plain = (r for r in weights.roles(decoder.layers[i], decoder.width) if r.tap is None)
@@ -344,7 +390,7 @@ def _one_layer(
         directory / "layers" / str(i), tree, checkpoint.BY_EXPERT
     )
     _write_json(done, record)
-    return y, probed._replace(place=place, states=[*states, *new.values()])
+    return y
 
 
 def _stored(folder, i: int) -> dict[str, Any]:
@@ -358,10 +404,6 @@ def _stored(folder, i: int) -> dict[str, Any]:
 
 def _dense(stored: Any) -> Any:
     return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), stored)
-
-
-def _outputs(decoder: Decoder, i: int, own: Any, x: np.ndarray) -> np.ndarray:
-    return np.asarray(outputs(decoder.layers[i], decoder.norm_eps, own, x))
 
 
 def _observe(decoder: Decoder, i: int, own: Any, x: np.ndarray, matter, watched: int, batch: int):

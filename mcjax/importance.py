@@ -11,13 +11,11 @@ In a language model a few tokens matter far more than others: the first of a win
 attend, does in `k`, `v` and `down`. GuidedQuant (arXiv 2505.07004) weighs by the
 square of this; its square root rests on more tokens, and measures better (ours).
 
-One pass forward keeps each layer's inputs on disk in bfloat16, one pass back reads them again. A
-layer is in memory at a time.
+A pass through the model and back measures it, see `mcjax.passes`.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -25,18 +23,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 from mcjax.atomic import whole
 from mcjax.models import weights
 from mcjax.models.attention import Context
 from mcjax.models.decoder import Decoder, Layer, Routed
-from mcjax.models.language_model import embed, run_layer
+from mcjax.models.language_model import run_layer
 from mcjax.models.weights import Role
 from mcjax.ops import Shifted
-from mcjax.tune_artifact import outputs
-from mcjax.vocabulary import head_of, log_probabilities
+from mcjax.passes import there_and_back
 
 GROUPS = 4
 """Groups of a product's output features that have an importance of their own, at most."""
@@ -85,35 +81,18 @@ def measure(
       directory: where what is found is kept, and found again by a later call.
       progress: wraps the iteration over both passes' layers, called with (items, description=...).
     """
-    keep, inputs = directory / KEPT, directory / "inputs"
+    keep = directory / KEPT
     if keep.exists():
         return _restore(keep, len(decoder.layers))
-    shutil.rmtree(inputs, ignore_errors=True)
-    inputs.mkdir()
-    starts = range(0, len(windows), batch)
-    count = len(decoder.layers)
-    x = np.array(embed(decoder, outside, windows, jnp.float32))
-    found: list[Importance] = [{} for _ in range(count)]
-    for step in progress(range(2 * count), description="importance of tokens"):
-        i = step if step < count else 2 * count - 1 - step
-        own, layer, file = read(i), decoder.layers[i], inputs / f"{i}.npy"
-        if step < count:
-            np.save(file, x.astype(ml_dtypes.bfloat16).view(np.uint16))
-            for s in starts:
-                x[s : s + batch] = outputs(layer, decoder.norm_eps, own, x[s : s + batch])
-            if i + 1 == count:
-                x = _last_gradient(decoder, outside, x)
-            continue
-        kept = np.load(file).view(ml_dtypes.bfloat16)
-        parts = []
-        for s in starts:
-            some = kept[s : s + batch].astype(np.float32)
-            change, of_batch = _backward(layer, decoder.norm_eps, own, some, x[s : s + batch])
-            x[s : s + batch] = change
-            parts.append(jax.tree.map(np.asarray, of_batch))
-        found[i] = jax.tree.map(lambda *each: _scaled(np.concatenate(each)), *parts)
-        file.unlink()
-    inputs.rmdir()
+
+    def visit(i, own):
+        return partial(_backward, decoder.layers[i], decoder.norm_eps, own)
+
+    named = partial(progress, description="importance of tokens")
+    each = there_and_back(decoder, outside, read, windows, batch, directory, visit, named)
+    found = [
+        jax.tree.map(lambda *parts: _scaled(np.concatenate(parts)), *of_layer) for of_layer in each
+    ]
     _save(keep, found)
     return found
 
@@ -138,27 +117,6 @@ def _restore(file: Path, count: int) -> list[Importance]:
             i, name = key.split("/")
             found[int(i)][name] = held[key]
     return found
-
-
-def _last_gradient(decoder: Decoder, outside: Any, x: np.ndarray) -> np.ndarray:
-    """The loss's gradient by what the last layer gives, float32 [N, T, D], a window at a time."""
-
-    def of_window(n, row):
-        norm, head = head_of(decoder, outside, row)
-        return _drawn_loss_gradient(decoder, norm, head, jax.random.key(n), row)
-
-    return np.concatenate([np.asarray(of_window(n, row[None])) for n, row in enumerate(x)])
-
-
-@partial(jax.jit, static_argnums=0)
-def _drawn_loss_gradient(decoder: Decoder, norm, head, key, x):
-    labels = jax.random.categorical(key, log_probabilities(decoder, norm, head, x))
-
-    def loss(x):
-        likely = log_probabilities(decoder, norm, head, x)
-        return -jnp.sum(jnp.take_along_axis(likely, labels[..., None], axis=-1))
-
-    return jax.grad(loss)(x)
 
 
 def products(layer: Layer, width: int) -> Iterator[Role]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from mcjax import checkpoint, probe
+from mcjax import checkpoint
 from mcjax.bitplane import BitPlanes
 from mcjax.calibrate import (
     EXPERTS,
@@ -122,7 +122,7 @@ def quantize_layer(
 
     made, squared = _by_blocks(layer, dense, seen, make)
     for n, tap in enumerate(dict.fromkeys(str(role.tap) for role in budgeted)):
-        parts[tap] = _part(made["gate"].widths, squared[:, n])
+        parts[tap] = {"squared": squared[:, n].tolist()}
     planes |= {
         (*path, name): p if routed else jax.tree.map(lambda a: a[0], p) for name, p in made.items()
     }
@@ -143,19 +143,12 @@ def _others(decoder, layer, own, grams, options, budgeted) -> tuple[dict[str, An
     for tap, roles in weights.by_tap(layer, decoder.width).items():
         if roles[0].path in budgeted:
             continue
-        squared: Any = 0
         for role in roles:
             w, gram = weights.get(own, role.path), grams[role.name]
             made = _quantize_groups(w, ATTENTION_WIDTHS[-1], gram, options, ATTENTION_WIDTHS)
-            squared = squared + probe.squared_changes(w, made, gram, ATTENTION_WIDTHS)
             planes[role.path] = made
-        parts[tap] = _part(ATTENTION_WIDTHS, squared)
+        parts[tap] = {}
     return parts, planes
-
-
-def _part(widths: tuple[int, ...], squared) -> dict[str, Any]:
-    """What a layer's record says of a part, see `mcjax.allocate.costs`."""
-    return {"width": probe.probed_width(widths), "squared": np.asarray(squared).tolist()}
 
 
 def _quantize_groups(

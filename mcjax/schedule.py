@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mcjax import allocate
-from mcjax.checkpoint import ArtifactReader
 from mcjax.models import weights
 from mcjax.models.decoder import Decoder
 from mcjax.notes import Note
@@ -108,9 +107,8 @@ class Turn(NamedTuple):
     factors: dict[int, int]
 
 
-def turns(reader: ArtifactReader, setting: Setting) -> list[Turn]:
-    """What the steps of a setting take turns in."""
-    decoder, manifest = reader.decoder, reader.manifest
+def turns(decoder: Decoder, manifest: Mapping[str, Any], setting: Setting) -> list[Turn]:
+    """What the steps of a setting take turns in, for an artifact of such a manifest."""
     shape = np.shape(manifest["statistics"]["frequency"])
     pairs = [(setting.budgeted, other) for other in setting.others]
     if setting.budgets:

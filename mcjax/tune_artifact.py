@@ -9,14 +9,15 @@ give the dense model's predictions:
 with x the last layer's outputs in the dense model, x' those at the setting and h norm and head, for
 the tokens of calibration windows, over the likeliest tokens of a large vocabulary, see
 `mcjax.vocabulary`. A setting has one width for what budgets are about and one for all else, from
-the widest down, and leaves tables alone that an earlier one trained. The last has budgets, each
-shared out as serving does, and all widths by turns: tables learn to do without company of their own
-width.
+the widest down, and leaves tables alone that an earlier one trained. Then what each part costs is
+measured anew, see `mcjax.sensitivity`, since tables that are trained make other errors. The last
+setting has budgets, each shared out by that as serving does, and all widths by turns: tables learn
+to do without company of their own width.
 
 A step runs forward and back through the layers one by one. A layer's weights are made of its planes
 when it is their turn, so that one layer is dense at a time; beside it memory holds all planes, and
 the tables of all widths, the moments of those that train and the outputs of the last layer in
-float32. Planes never change, nor do the errors that budgets are shared out by.
+float32. Planes never change.
 """
 
 from __future__ import annotations
@@ -79,8 +80,9 @@ def tune_artifact(
     windows: np.ndarray,
     target: np.ndarray,
     keep: Path,
+    measure: Callable[[State], dict[str, Any]],
     progress: Callable[..., Any],
-) -> list[dict[str, np.ndarray]]:
+) -> tuple[list[dict[str, np.ndarray]], dict[str, Any]]:
     """Trains the tables of the widths that settings name.
 
     Args:
@@ -89,34 +91,50 @@ def tune_artifact(
       windows: tokens int [N, T].
       target: float [N, T, D], what the dense model's last layer gives for them.
       keep: a file that an interrupted run goes on from.
+      measure: gives the manifest with what parts cost as they are trained so far; asked once,
+        before the first setting that is about budgets, or at the end.
       progress: wraps the iteration over steps, called with (items, description=...).
 
     Returns:
       For each layer its tables uint8, by the names of their leaves, such as "….o.table_2", and what
-      factors differ from 1 by, bfloat16, such as "….router.factor_2".
+      factors differ from 1 by, bfloat16, such as "….router.factor_2"; and what `measure` gave.
     """
     decoder = reader.decoder
     layers = [read_layer(reader, i) for i in range(len(decoder.layers))]
     outside = parameters.read_rest(reader)
     steps = [(setting, n) for setting in every for n in range(setting.steps)]
-    state = State(layers, every, [turns(reader, setting) for setting in every])
+    manifests: list[dict[str, Any]] = []
+
+    def measured():
+        if not manifests:
+            manifests.append(measure(state))
+        return manifests[0]
+
+    def turns_of(setting):
+        return turns(decoder, measured() if setting.budgets else reader.manifest, setting)
+
+    state = State(layers, every, turns_of)
     first = state.restore(keep)
     batch = batch_of(windows.shape[1])
     order = np.random.default_rng(0).permutation(len(windows))
     model = Model(decoder, layers, outside)
-    for number in progress(range(first, len(steps)), description="tuning"):
-        setting, n = steps[number]
-        if n == 0:
-            state.begin(every.index(setting))
-        some = order[np.arange(number * batch, (number + 1) * batch) % len(order)]
-        turn = state.turns[n % len(state.turns)]
-        gradients = model.gradients(state, turn, windows[some], target[some])[1]
-        state.update(gradients, setting.rate(n), turn)
-        if n + 1 == setting.steps:
-            state.end()
-        if (number + 1) % KEEP_EVERY == 0 or number + 1 == len(steps):
-            state.save(keep, number + 1)
-    return state.stored()
+    widths = sum(setting.steps for setting in every if not setting.budgets)
+    for begin, end, what in ((0, widths, "tuning"), (widths, len(steps), "tuning budgets")):
+        if first < end and begin == widths:
+            measured()  # before its progress is told, since measuring tells its own
+        for number in progress(range(max(first, begin), end), description=what):
+            setting, n = steps[number]
+            if n == 0:
+                state.begin(every.index(setting))
+            some = order[np.arange(number * batch, (number + 1) * batch) % len(order)]
+            turn = state.turns[n % len(state.turns)]
+            gradients = model.gradients(state, turn, windows[some], target[some])[1]
+            state.update(gradients, setting.rate(n), turn)
+            if n + 1 == setting.steps:
+                state.end()
+            if (number + 1) % KEEP_EVERY == 0 or number + 1 in (widths, len(steps)):
+                state.save(keep, number + 1)
+    return state.stored(), measured()
 
 
 def read_layer(reader: ArtifactReader, i: int) -> Weights:
@@ -140,9 +158,13 @@ class State:
     """Every layer's tables and factors, the optimiser's moments, and what has been trained."""
 
     def __init__(
-        self, layers: Sequence[Weights], every: Sequence[Setting], of_each: Sequence[list[Turn]]
+        self,
+        layers: Sequence[Weights],
+        every: Sequence[Setting],
+        turns_of: Callable[[Setting], list[Turn]],
     ):
-        self.layers, self.every, self.of_each = layers, every, of_each
+        self.layers, self.every, self.turns_of = layers, every, turns_of
+        self.turns: list[Turn] = []
         self.tables: list[Tables] = [
             {
                 (path, k): tables_lib.to_parameters(table, k)
@@ -159,14 +181,13 @@ class State:
         self.done: set[tuple[bool, int]] = set()
         self.number = 0
 
-    @property
-    def turns(self) -> list[Turn]:
-        """Of the setting that trains."""
-        return self.of_each[self.number]
+    def dense(self, i: int, path: Path_, k: int) -> jax.Array:
+        """A weight of layer i at a width, as its tables are now."""
+        return _dense(self.layers[i].planes[path].slice(k), self.tables[i][path, k])
 
     def begin(self, number: int) -> None:
         """Starts a setting, whose tables have moments of their own."""
-        self.number = number
+        self.number, self.turns = number, self.turns_of(self.every[number])
         again = bool(self.every[number].budgets)
         self.moments = [{} for _ in self.layers]
         for turn in self.turns:

@@ -162,10 +162,11 @@ def test_costs_are_what_was_measured(artifact):
     for part in allocate.parts(reader.decoder, reader.manifest):
         cost = allocate.costs(reader.manifest, part)
         measured = reader.manifest["statistics"]["parts"][part.layer][part.tap]
-        at = part.widths.index(measured["width"])
-        assert cost.shape == (part.experts or 1, len(part.widths))
-        assert cost[:, at].sum() == pytest.approx(measured["divergence"], rel=1e-3)
-        assert measured["divergence"] > 0 and (np.diff(cost, axis=1) <= 0).all()
+        assert cost.shape == np.shape(measured["cost"]) == (part.experts or 1, len(part.widths))
+        # What is measured of a wide one, a little, may be more than of a narrower one.
+        assert (cost.sum(axis=0) <= np.sum(measured["cost"], axis=0) * (1 + 1e-9)).all()
+        assert cost[:, 0].sum() == pytest.approx(np.sum(measured["cost"], axis=0)[0])
+        assert (cost > 0).all() and (np.diff(cost, axis=1) <= 0).all()
 
 
 def test_more_bits_are_predicted_to_cost_less(artifact):

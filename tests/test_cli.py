@@ -260,7 +260,7 @@ def test_bad_artifacts(artifact, text_file, tmp_path, capsys):
 
     read = ("--text", text_file, "--seq-len", 64)
     for change, message in [
-        (edit('"format_version":6', '"format_version":7'), "has format version 7"),
+        (edit('"format_version":7', '"format_version":8'), "has format version 8"),
         (edit('"max_bits":3', '"max_bits":2'), "checksum does not match"),
         (flip, "is damaged"),
         (truncate, "is damaged"),

@@ -95,7 +95,7 @@ def test_gradients_by_layers_are_those_of_the_whole_model(artifact, dense, windo
     layers = [tune_artifact.read_layer(reader, i) for i in range(2)]
     widths = allocate.of_experts(decoder, reader.manifest, 2 * [chosen], 3)
     turn = schedule.turn_of(decoder, reader.manifest, widths)
-    state = tune_artifact.State(layers, [schedule.Setting(2, (3,), 1)], [[turn]])
+    state = tune_artifact.State(layers, [schedule.Setting(2, (3,), 1)], lambda _: [turn])
     state.begin(0)
     by_layers = tune_artifact.Model(decoder, layers, model.params)
     head = model.params["head"].astype(jnp.float32)
@@ -138,7 +138,7 @@ def test_settings_begin_wide_and_all_else_takes_turns():
 def test_budgets_take_turns_as_they_are_served(artifact):
     reader = checkpoint.ArtifactReader(artifact)
     setting = schedule.Setting(None, (4,), 8, (1.5, 2.5))
-    every = schedule.turns(reader, setting)
+    every = schedule.turns(reader.decoder, reader.manifest, setting)
     pairs = {
         (int(t.widths[0]["block", "experts", "up"].max()), int(t.widths[0]["mixer", "o"]))
         for t in every[:-2]
@@ -174,10 +174,10 @@ def test_a_state_is_restored_between_settings_too(artifact, step, tmp_path):
     layers = [tune_artifact.read_layer(reader, i) for i in range(2)]
     every = [schedule.Setting(k, others, 2) for k, others in ((3, (4, 3)), (1, (4,)))]
     every.append(schedule.Setting(None, (4,), 2, (1.5,)))
-    of_each = [schedule.turns(reader, setting) for setting in every]
+    turns_of = partial(schedule.turns, reader.decoder, reader.manifest)
 
     def state(steps):
-        made = tune_artifact.State(layers, every, of_each)
+        made = tune_artifact.State(layers, every, turns_of)
         for n in range(steps):
             if n % 2 == 0:
                 made.begin(n // 2)
@@ -190,7 +190,7 @@ def test_a_state_is_restored_between_settings_too(artifact, step, tmp_path):
                 made.end()
         return made
 
-    saved, restored = state(step), tune_artifact.State(layers, every, of_each)
+    saved, restored = state(step), tune_artifact.State(layers, every, turns_of)
     saved.save(tmp_path / "state.npz", step)
     assert restored.restore(tmp_path / "state.npz") == step
     assert (restored.number, restored.done) == (saved.number, saved.done)
@@ -205,11 +205,11 @@ class Stopped(Exception):
 
 
 def stops(after):
-    """A progress bar that kills the tuning after so many steps."""
+    """A progress bar that kills the tuning of budgets after so many steps."""
 
     def progress(items, description):
         for n, item in enumerate(items):
-            if description == "tuning" and n == after:
+            if description == "tuning budgets" and n == after:
                 raise Stopped
             yield item
 
@@ -233,7 +233,7 @@ def test_the_best_effort(model_folder, text_file, dense, windows, tmp_path, monk
     monkeypatch.setattr(tune_artifact, "KEEP_EVERY", 4)
     given = model_folder, tmp_path / "best", text_file
     with pytest.raises(Stopped):
-        compress.compress(*given, **COMMON, effort="best", resume=True, progress=stops(15))
+        compress.compress(*given, **COMMON, effort="best", resume=True, progress=stops(3))
     assert not (tmp_path / "best").exists()
     (tmp_path / ".best.partial").rename(tmp_path / "normal")
     shutil.copytree(tmp_path / "normal", tmp_path / ".best.partial")
