@@ -23,6 +23,9 @@ from mcjax.models.language_model import embed
 from mcjax.tune_artifact import outputs
 from mcjax.vocabulary import head_of, log_probabilities
 
+TOGETHER = 8
+"""Windows that share the likeliest tokens of a large vocabulary, see `mcjax.vocabulary`."""
+
 Visit = Callable[[jax.Array, jax.Array], tuple[jax.Array, Any]]
 """From what goes into a layer and the gradient by what it gives, [B, T, D], to the gradient by what
 goes in, and what is wanted."""
@@ -83,12 +86,13 @@ def there_and_back(
 
 def _last_gradient(decoder: Decoder, outside: Any, x: np.ndarray) -> np.ndarray:
     """The loss's gradient by what the last layer gives, float32 [N, T, D], a window at a time."""
-
-    def of_window(n, row):
-        norm, head = head_of(decoder, outside, row)
-        return _drawn_loss_gradient(decoder, norm, head, jax.random.key(n), row)
-
-    return np.concatenate([np.asarray(of_window(n, row[None])) for n, row in enumerate(x)])
+    made = np.empty_like(x)
+    for first in range(0, len(x), TOGETHER):
+        norm, head = head_of(decoder, outside, x[first : first + TOGETHER])
+        for n in range(first, min(first + TOGETHER, len(x))):
+            key = jax.random.key(n)
+            made[n] = _drawn_loss_gradient(decoder, norm, head, key, x[n : n + 1])[0]
+    return made
 
 
 @partial(jax.jit, static_argnums=0)

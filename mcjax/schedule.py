@@ -19,7 +19,7 @@ from mcjax.models import weights
 from mcjax.models.decoder import Decoder
 from mcjax.notes import Note
 
-STEPS = {1: 24, 2: 80, 3: 56, 4: 32}
+STEPS = {1: 24, 2: 64, 3: 44, 4: 28}
 """Of each width, for a model of `WEIGHTS` weights in planes or more; of wider ones the least."""
 
 MIXED_STEPS = 64

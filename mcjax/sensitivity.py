@@ -23,13 +23,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mcjax import text
 from mcjax.models import weights
 from mcjax.models.decoder import Decoder, Layer
 from mcjax.passes import there_and_back
 from mcjax.tune_artifact import outputs
 
 WINDOWS = 64
-"""How many windows costs are measured on, at most."""
+"""How many windows costs are measured on, at most: each is one sample of ``<g, d>``."""
+
+TOKENS = 128
+"""How many tokens of each, at most, the first: samples are worth more than tokens."""
 
 At = Callable[[int, tuple[str, ...], int], jax.Array]
 """From a layer's number, a weight's path and a width to what the weight is at that width."""
@@ -53,14 +57,14 @@ def costs(
       outside: parameters outside of the layers.
       read: gives the dense weights of layer i.
       at: gives them at a width.
-      windows: tokens int [N, T]; up to `WINDOWS` of them are used, spread evenly.
+      windows: tokens int [N, T], of which `WINDOWS` are used, spread evenly, and `TOKENS` of each.
       directory: where layers' inputs lie meanwhile.
       progress: wraps the iteration over layers, there and back.
 
     Returns:
       By layers and parts float64 [E, widths], E 1 unless routed.
     """
-    some = windows[np.linspace(0, len(windows) - 1, min(len(windows), WINDOWS)).round().astype(int)]
+    some = text.spread(windows, WINDOWS)[:, :TOKENS]
 
     def visit(i, own):
         layer = decoder.layers[i]
