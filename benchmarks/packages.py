@@ -59,7 +59,7 @@ def vit() -> Made:
         num_labels=10,
     )
     model = FlaxViTForImageClassification(config)
-    draw = images(4, 32, 32, 3)
+    draw = images(32, 32, 32, 3)  # of each image only the first token reaches the end
 
     def first(n):  # channels first, as its face has them
         return jnp.moveaxis(draw(n), -1, 1)
