@@ -153,9 +153,10 @@ class Model:
           A new `Model`; this one stays as it is.
 
         Raises:
-          ValueError: if it has adapters, or as `load`.
+          ValueError: if it has adapters or is on a mesh, or as `load`.
         """
         refuse_adapters(self.params)
+        refuse_mesh(self.module)
         held = self.widths
         reader = checkpoint.ArtifactReader(self.path)
         wanted = resolve_widths(reader, budget, bits, allocation, None, policy)
@@ -182,6 +183,14 @@ def refuse_adapters(params: Any) -> None:
     if any(isinstance(leaf, Adapted) for leaf in leaves):
         raise ValueError(
             "the model has adapters: take it without, and apply them to what it becomes"
+        )
+
+
+def refuse_mesh(module: Any) -> None:
+    """Raises ValueError if a model is shared out, for what would read further planes for it."""
+    if module.shared is not None:
+        raise ValueError(
+            "the model is on a mesh, where its places are those of its widths: load it anew instead"
         )
 
 
@@ -267,11 +276,11 @@ def load(
     widths = resolve_widths(reader, budget, bits, allocation, attention_bits, policy, reserved)
     params = parameters.read_rest(reader, shared)
     params |= parameters.read_layers(reader, widths, shared)
-    if shared is not None:
-        params = sharding.put_on(reader.decoder, params, shared)
     if prune is not None:
         pruning = parameters.read_pruning(reader)
         params = with_pruning(reader.decoder, params, pruning, prune, quantile)
+    if shared is not None:
+        params = sharding.put_on(reader.decoder, params, shared)
     return Model(
         params=params,
         module=LanguageModel(reader.decoder, dtype, act_bits, cache_dtype, shared),

@@ -7,8 +7,9 @@ Everything has *logical* axes, and rules say along which axes of the mesh these 
     out      output features of all other products, and of experts', see `mcjax.ops.Columns`;
              heads of attention and of its cache go with them where they divide evenly, and the
              rows of embedding and head
-    in       input features of dense weights, which are put together layer by layer: what trains
-             is then fully sharded, see `mcjax.ops.Fragment`
+Dense weights that train may be *fully* shared out besides: their input features lie along all axes
+that share sequences, and each layer's are put together when it is its turn, see
+`mcjax.ops.Fragment`.
 
 What has no such axis is whole on every device: norms, routers, odd sizes. The forward pass is one
 `jax.shard_map`, so every collective in it stands in the code, and none moves a plane.
@@ -34,16 +35,12 @@ from mcjax.models.attention import KeyValues
 from mcjax.models.decoder import Decoder, Heads, Routed
 from mcjax.ops import Adapted, Columns, Fragment, Places
 
-RULES: dict[str, str | tuple[str, ...] | None] = {
+RULES: dict[str, str | tuple[str, ...]] = {
     "batch": ("data", "expert"),
     "expert": "expert",
     "out": "model",
-    "in": None,
 }
 """Logical axes, and the axes of a mesh along which they lie if it has them."""
-
-FULLY = {"in": ("data", "expert")}
-"""Rules for training: of experts, what does not share experts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,14 +52,14 @@ class Sharding:
       batch: axes that share sequences.
       expert: the axis that shares experts, None if every device has all.
       out: the axis that shares output features.
-      inputs: axes that share input features of dense weights.
+      fully: whether dense weights' input features lie along `batch`.
     """
 
     mesh: Mesh
     batch: tuple[str, ...]
     expert: str | None
     out: str | None
-    inputs: tuple[str, ...]
+    fully: bool = False
 
     def size(self, *axes: str | None) -> int:
         """Devices along axes, 1 for None."""
@@ -96,8 +93,12 @@ class Sharding:
         return any(d.process_index == jax.process_index() for d in own.flat)
 
 
-def resolve(mesh: Mesh, rules: Mapping[str, str | Sequence[str] | None] | None = None) -> Sharding:
-    """A mesh with rules, `RULES` where they are not given.
+def resolve(
+    mesh: Mesh,
+    rules: Mapping[str, str | Sequence[str] | None] | None = None,
+    fully: bool = False,
+) -> Sharding:
+    """A mesh with rules, `RULES` where they are not given; `fully` as in `Sharding`.
 
     Raises:
       ValueError: for a logical axis that there is not, or an axis that the mesh lacks.
@@ -110,20 +111,16 @@ def resolve(mesh: Mesh, rules: Mapping[str, str | Sequence[str] | None] | None =
         wanted = given.get(name, usual)
         named = () if wanted is None else (wanted,) if isinstance(wanted, str) else tuple(wanted)
         missing = [axis for axis in named if axis not in mesh.shape]
-        if missing and name in given and given != FULLY:
+        if missing and name in given:
             raise ValueError(f"rules put {name!r} along {missing}; the mesh has {mesh.axis_names}")
         axes[name] = tuple(axis for axis in named if axis in mesh.shape)
     for name in ("expert", "out"):
         if len(axes[name]) > 1:
             raise ValueError(f"rules put {name!r} along {axes[name]}: it takes one axis")
-    if set(axes["out"]) & {*axes["batch"], *axes["expert"], *axes["in"]}:
+    if set(axes["out"]) & {*axes["batch"], *axes["expert"]}:
         raise ValueError(f"rules put 'out' along {axes['out']}, which shares other things: {axes}")
-    if set(axes["in"]) - set(axes["batch"]):
-        raise ValueError(
-            f"rules put 'in' along {axes['in']}, of which only {axes['batch']} share a batch"
-        )
     expert, out = (axes[name][0] if axes[name] else None for name in ("expert", "out"))
-    return Sharding(mesh=mesh, batch=axes["batch"], expert=expert, out=out, inputs=axes["in"])
+    return Sharding(mesh=mesh, batch=axes["batch"], expert=expert, out=out, fully=fully)
 
 
 def places(decoder: Decoder, widths: Any, sharding: Sharding) -> dict[int, np.ndarray]:
@@ -173,11 +170,20 @@ def divided(decoder: Decoder, params: Any, sharding: Sharding) -> Any:
       decoder: the model.
       params: of a `LanguageModel`. Experts that have no places yet are in their order.
       sharding: of the mesh.
+
+    Raises:
+      ValueError: for adapters of experts that are shared out.
     """
     made = jax.tree.map(lambda leaf: leaf, params, is_leaf=_is_weight)
+    cut = sharding.batch if sharding.fully else ()
 
     def divide(role, leaf, own):
         if isinstance(leaf, Adapted):
+            if role.routed and sharding.expert is not None:
+                raise ValueError(
+                    f"{role.name} has adapters, whose experts are in their order and not where the "
+                    "mesh has them; share experts out along no axis (rules={'expert': None})"
+                )
             return replace(leaf, weight=divide(role, leaf.weight, own))
         by_columns = sharding.out is not None and weights.OUT in role.axes
         if by_columns:
@@ -192,10 +198,10 @@ def divided(decoder: Decoder, params: Any, sharding: Sharding) -> Any:
 
     for role in weights.rest(decoder):
         leaf = weights.get(params, role.path)
-        weights.put(made, role.path, divide(role, leaf, sharding.inputs))
+        weights.put(made, role.path, divide(role, leaf, cut))
     for member in weights.members(decoder):
         for role in weights.roles(member.layer, decoder.width):
-            path, own = member.path + role.path, sharding.inputs
+            path, own = member.path + role.path, cut
             if weights.EXPERT in role.axes:
                 own = tuple(axis for axis in own if axis != sharding.expert)
             weights.put(made, path, divide(role, weights.get(params, path), own))

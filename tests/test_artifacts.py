@@ -28,16 +28,8 @@ KINDS = ("deepseek_v3", "gemma3", "qwen3_next", "lfm2_moe")
 SLOW = ("deepseek_v32", "llama4", "llama", "mixtral", "qwen3_moe", "gpt_oss")
 """Indexed, chunked and plain ones, and those that other tests have: run with `pytest -m slow`."""
 
-OWN_BLOCKS = (
-    "deepseek_v32",
-    "llama4",
-    "gemma4",
-    "granitemoe",
-    "minimax_m2",
-    "olmo2",
-    "qwen2_moe",
-)
-"""Of the others, those that differ in what is quantised or measured; the rest are slow too."""
+OWN_BLOCKS = ("deepseek_v32", "gemma4", "qwen2_moe")
+"""Of the others, those that differ most in what is quantised or measured; the rest are slow too."""
 
 
 def made(name, folder, text_file):

@@ -90,7 +90,9 @@ def test_planes_on_a_mesh(artifact):
     )
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_next"])
+@pytest.mark.parametrize(
+    "name", ["deepseek_v3", pytest.param("qwen3_next", marks=pytest.mark.slow)]
+)
 def test_families_on_a_mesh(name, tmp_path):
     """Latent attention and recurrent states, prefilled into a cache and decoded."""
     run(
@@ -214,9 +216,16 @@ def test_rules():
 def test_one_device_is_a_mesh_too(artifact):
     tokens = np.arange(12).reshape(2, 6)
     model = mcjax.load(artifact, budget=2.25, mesh=mesh(data=1, expert=1, model=1))
+    with pytest.raises(ValueError, match="on a mesh"):
+        model.refine(bits=3)
+    adapters = mcjax.lora.init(jax.random.key(0), model.params, rank=2)
+    adapted = mcjax.lora.apply(model.params, adapters)
+    with pytest.raises(ValueError, match="adapters, whose experts are in their order"):
+        model.module.apply({"params": adapted}, tokens)
     np.testing.assert_allclose(model(tokens), mcjax.load(artifact, budget=2.25)(tokens), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes(artifact, tmp_path):
     """Each reads the experts of its own devices; together they write what one device writes."""
     program = """

@@ -317,7 +317,7 @@ def train(
       ValueError: for text, recipe or folder that cannot be used.
     """
     devices = data_mesh() if mesh is None else device_mesh(mesh)
-    shared = sharding.resolve(devices, sharding.FULLY) if devices.size > 1 else None
+    shared = sharding.resolve(devices, fully=True) if devices.size > 1 else None
     _check_shared(recipe, shared)
     if out.exists() and not resume:
         raise ValueError(f"{out} exists; choose another --out, or go on with --resume")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from mcjax.models import rope
 from mcjax.models.decoder import Heads, QKNorm, Temperature
 from mcjax.models.norms import rms_norm
-from mcjax.ops import Columns, dot
+from mcjax.ops import Adapted, Columns, dot
 from mcjax.ops.columns import within
 from mcjax.ops.linear import alike
 
@@ -132,6 +132,7 @@ def heads_axis(spec: Heads, qkv: Any) -> str | None:
 
     They are where the columns of `qkv` are and keys' heads divide evenly.
     """
+    qkv = qkv.weight if isinstance(qkv, Adapted) else qkv
     if not isinstance(qkv, Columns) or not within(qkv.axis):
         return None
     return None if spec.kv_heads % jax.lax.axis_size(qkv.axis) else qkv.axis

@@ -3,9 +3,9 @@
     uv run python train/moe_lm.py --config train/configs/moe_pod.py --out DIR --distributed
 
 Run the same command on every host, with a DIR that all of them see. 26 billion tokens of TFDS's C4,
-prepared beforehand. All chips share the batch, and the 6 GB of parameters and the optimiser's moments,
-which are cut into parts. Never run by us at this size: the recipe is tested at a small one, on
-several devices.
+prepared beforehand. All chips share the batch, and in parts the 6 GB of parameters and the
+optimiser's moments. Never run by us at this size: the recipe is tested at a small one, on several
+devices.
 """
 
 from recipe import LanguageRecipe
