@@ -75,8 +75,9 @@ def costs(
 
         def changes(path, tap):
             dense = weights.get(own, path)
-            each = [at(i, path, k) - dense for k in widths[i][tap]]
-            return jnp.stack(each).astype(jnp.bfloat16)  # of all widths at once: halves memory
+            # Those of all widths are held at once: in halves.
+            each = ((at(i, path, k) - dense).astype(jnp.bfloat16) for k in widths[i][tap])
+            return jnp.stack(list(each))
 
         moved = {path: changes(path, tap) for tap, paths in taps for path in paths}
         return partial(_along, layer, decoder.norm_eps, taps, own, moved)
@@ -108,12 +109,11 @@ def _along(
     of_weights, of_x = jax.vjp(run, {path: weights.get(own, path) for path in moved}, x)[1](change)
 
     def inner(path):
-        # As products: what a fusion sums up itself it may sum up badly.
-        return jnp.einsum(
-            "...io,w...io->w...",
-            of_weights[path],
-            moved[path].astype(jnp.float32),
-            precision="highest",
-        )
+        def of_width(change):
+            # As products: what a fusion sums up itself it may sum up badly.
+            wide = change.astype(jnp.float32)
+            return jnp.einsum("...io,...io->...", of_weights[path], wide, precision="highest")
+
+        return jax.lax.map(of_width, moved[path])
 
     return of_x, {tap: sum(map(inner, paths)) for tap, paths in taps}
