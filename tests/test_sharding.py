@@ -180,8 +180,8 @@ def test_places_hold_about_equal_bytes(data):
     for i, place in found.items():
         assert len(set(place)) == experts and place.min() >= 0 and place.max() < each * devices
         np.add.at(held, (place // each, widths[i, "expert_input"]), 1)
-    if experts % devices == 0:
-        assert (held.max(axis=0) - held.min(axis=0)).max() <= 1 + 6 // devices
+    if experts % devices == 0:  # what a device has room for, beside an even share
+        assert (held.max(axis=0) <= -(-held.sum(axis=0) // devices) + 3).all()
     numbers = sorted(found)
     spread = Spread(shared, np.stack([found[i] for i in numbers]))
     wanted = np.stack([widths[i, "expert_input"] for i in numbers])
