@@ -239,9 +239,7 @@ def _run(folder, windows, lessons, directory, identity, given, batch_tokens, pro
     rest_sums = checkpoint.save_tree(directory / "rest", _narrow(outside), ())
     batch = max(1, min(len(windows), batch_tokens // windows.shape[1]))
 
-    def dense(i):
-        return _dense(_stored(folder, i))
-
+    dense = partial(_read_dense, folder)
     matter = importance.measure(decoder, outside, dense, windows, batch, directory, progress)
     tokens = windows if lessons is None else np.concatenate([windows, lessons])
     x = np.array(embed(decoder, outside, tokens, jnp.float32))
@@ -306,14 +304,11 @@ def _measured(
         for part in allocate.parts(decoder, manifest):
             widths[part.layer][part.tap] = part.widths
 
-        def dense(i):
-            return _dense(_stored(folder, i))
-
         found = sensitivity.costs(
             decoder,
             widths,
             folder.read_rest(),
-            dense,
+            partial(_read_dense, folder),
             at,
             windows,
             directory,
@@ -400,6 +395,10 @@ def _stored(folder, i: int) -> dict[str, Any]:
         weights.put(stored, tuple(name.split(".")), value)
     folder.unmap()
     return stored
+
+
+def _read_dense(folder, i: int) -> Any:
+    return _dense(_stored(folder, i))
 
 
 def _dense(stored: Any) -> Any:
