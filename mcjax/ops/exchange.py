@@ -9,7 +9,8 @@ each other one at most
 
 of its rows, so memory is bounded whatever the router does, and no row is ever dropped: a round
 whose rows have all been sent already is skipped by all devices together. Rows that are not kept
-are not sent.
+are not sent. Where the platform has a ragged exchange (GPU and TPU) only rows travel; elsewhere a
+round's whole room does.
 """
 
 from __future__ import annotations
@@ -96,18 +97,19 @@ def _exchanged(axis: str, apply: Rows, x, owner, slot, keep):
     rounds = jax.lax.pmax(-(-jnp.max(count) // room), tuple(sorted(axes_of(count))))
     repeats = rows // x.shape[0]
 
-    def send(values):
-        return jax.lax.all_to_all(values, axis, 0, 0, tiled=True)
-
     def one_round(y, start):
         at = start + jnp.arange(room, dtype=jnp.int32)[None]
         real = at < count[:, None]
+        going = jnp.clip(count - start, 0, room)
+        coming = jax.lax.all_to_all(going, axis, 0, 0, tiled=True)
         row = jnp.where(real, order[jnp.minimum(first[:, None] + at, rows - 1)], rows)
         sent = jnp.where(real[..., None], x[jnp.minimum(row, rows - 1) // repeats], 0)
-        to = send(jnp.where(real, slot[jnp.minimum(row, rows - 1)], -1)).reshape(-1)
-        came = send(sent).reshape(-1, x.shape[-1])
-        made = apply(came, jnp.maximum(to, 0), to >= 0)
-        back = send(made.reshape(devices, room, -1))
+        to = jnp.where(real, slot[jnp.minimum(row, rows - 1)], 0)
+        to = jax.lax.all_to_all(to, axis, 0, 0, tiled=True).reshape(-1)
+        came = _sent(axis, sent, going, coming).reshape(-1, x.shape[-1])
+        arrived = jnp.arange(room, dtype=jnp.int32)[None] < coming[:, None]
+        made = apply(came, to, arrived.reshape(-1)).reshape(devices, room, -1)
+        back = _sent(axis, made, coming, going)
         return y.at[row.reshape(-1)].set(back.reshape(-1, back.shape[-1]), mode="drop")
 
     def step(y, number):
@@ -119,3 +121,38 @@ def _exchanged(axis: str, apply: Rows, x, owner, slot, keep):
     shape = jax.eval_shape(apply, x, slot, None)
     y = jnp.zeros(shape.shape, shape.dtype) + 0 * x[:1, :1].astype(shape.dtype)
     return jax.lax.scan(step, y, jnp.arange(-(-rows // room), dtype=jnp.int32))[0]
+
+
+def _sent(axis: str, values: jax.Array, going: jax.Array, coming: jax.Array) -> jax.Array:
+    """Rows for every device, exchanged for those from every device.
+
+    Args:
+      axis: of the mesh.
+      values: [devices, room, D], zeros beyond the rows that go.
+      going: int32 [devices], how many rows go to each.
+      coming: int32 [devices], how many come from each.
+
+    Returns:
+      [devices, room, D], zeros beyond the rows that came.
+    """
+
+    def whole(values, *_):
+        return jax.lax.all_to_all(values, axis, 0, 0, tiled=True)
+
+    def ragged(values, going, coming):
+        devices, room = values.shape[:2]
+        rows = values.reshape(devices * room, -1)
+        from_here = jnp.arange(devices, dtype=jnp.int32) * room
+        to_there = jnp.full(devices, jax.lax.axis_index(axis) * room, jnp.int32)
+        made = jax.lax.ragged_all_to_all(
+            rows, jnp.zeros_like(rows), from_here, going, to_there, coming, axis_name=axis
+        )
+        return made.reshape(values.shape)
+
+    def exchanged(sizes, values):
+        return jax.lax.platform_dependent(values, *sizes, cpu=whole, default=ragged)
+
+    def returned(sizes, values):  # what exchanges rows also takes their gradients back
+        return exchanged(sizes[::-1], values)
+
+    return jax.custom_derivatives.linear_call(exchanged, returned, (going, coming), values)
