@@ -17,7 +17,7 @@ is `mcjax.pmq`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -129,6 +129,11 @@ def nearest(decoder: Decoder, manifest: Mapping[str, Any], widths: Widths) -> di
     return found
 
 
+def stored_at(stored: Sequence[int], k: int) -> int:
+    """The width of a weight where all are to have k bits: the widest up to k that is stored."""
+    return max((own for own in stored if own <= k), default=min(stored))
+
+
 def allocate(
     decoder: Decoder,
     manifest: Mapping[str, Any],
@@ -185,25 +190,22 @@ def _programme(mine, manifest, stored, in_bytes) -> tuple[list[np.ndarray], list
     return cost, size
 
 
-LEAST = 1e-4
-"""Of the most that an expert costs, what each costs at least: a sample may have missed it."""
+LEAST = 0.25
+"""Of what its squared error suggests that an expert costs, what it is taken to cost at least."""
 
 
 def costs(manifest: Mapping[str, Any], part: Part) -> np.ndarray:
     """What a part costs at each of its widths, nats a token: [E, widths], E 1 unless routed.
 
-    What was measured at the end of the model, see `mcjax.sensitivity`, is a sample: of few windows
-    for an expert of few tokens. The square of the change that an expert makes to what its layer
-    gives rests on all calibration tokens. So experts share what was measured for all of them by the
-    geometric mean of both, which chooses better than either (ours).
+    What was measured at the end of the model, see `mcjax.sensitivity`, is a sample, in which few
+    tokens or none may meet a rare expert. The square of the change that an expert makes to what its
+    layer gives rests on all calibration tokens, so costs shared out by that bound it from below.
     """
     measured = manifest["statistics"]["parts"][part.layer][part.tap]
     cost = np.array(measured["cost"], np.float64)
     if part.experts:
-        squared = np.maximum(np.array(measured["squared"], np.float64), 0)
-        both = [a + LEAST * a.max(axis=0) + 1e-30 for a in (cost, squared)]
-        share = np.sqrt(both[0] * both[1])
-        cost = cost.sum(axis=0) * share / share.sum(axis=0)
+        squared = np.maximum(np.array(measured["squared"], np.float64), 0) + 1e-30
+        cost = np.maximum(cost, LEAST * cost.sum(axis=0) * squared / squared.sum(axis=0))
     return np.minimum.accumulate(np.maximum(cost, 1e-15), axis=1)
 
 

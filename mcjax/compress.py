@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from mcjax import allocate, checkpoint, importance, parameters, sensitivity, text
+from mcjax import allocate, checkpoint, importance, sensitivity, text
 from mcjax.atomic import whole
 from mcjax.bitplane import BitPlanes, resolve_group_size
 from mcjax.calibrate import Seen, observe
@@ -29,7 +29,7 @@ from mcjax.notes import note
 from mcjax.quantize_layer import ATTENTION_WIDTHS, Options, quantize_layer
 from mcjax.schedule import Setting, settings, windows_wanted
 from mcjax.serving import ATTENTION_BITS
-from mcjax.tune_artifact import outputs, tune_artifact
+from mcjax.tune_artifact import dense_at, first_tables, outputs, read_layer, tune_artifact
 
 TRAVELS = (
     "tokenizer.json",
@@ -40,6 +40,9 @@ TRAVELS = (
     "NOTICE*",
 )
 """Files that an artifact takes over from the folder it is made of."""
+
+BATCH_TOKENS = 4096
+"""About how many tokens are computed at once."""
 
 RARE_SHARE = 0.1
 """An expert is rare if it gets less than this share of the tokens that an even split would give."""
@@ -75,7 +78,7 @@ def compress(
     bos: str = "auto",
     resume: bool = False,
     experts: Sequence[Mapping[str, BitPlanes]] | None = None,
-    batch_tokens: int = 4096,
+    batch_tokens: int = BATCH_TOKENS,
     progress: Callable[..., Any] = lambda items, **_: items,
 ) -> dict[str, Any]:
     """Compresses a language model into one artifact that serves every width up to `max_bits`.
@@ -174,10 +177,10 @@ def compress(
     _prepare(partial_out, identity, resume)
     try:
         options = partial_out, identity, experts, batch_tokens, progress
-        manifest, target = _run(folder, windows, lessons, *options)
+        manifest, sample, target = _run(folder, windows, lessons, *options)
         _copy_beside(folder.path, partial_out)
         if lessons is not None:
-            given = folder, windows, lessons, target
+            given = folder, sample, lessons, target
             manifest = _tune(partial_out, manifest, plan, given, progress)
         checkpoint.write_manifest(partial_out, manifest)
         for name in (TUNING, importance.KEPT, *(COSTS.format(when) for when in WHEN)):
@@ -232,7 +235,8 @@ def _run(folder, windows, lessons, directory, identity, given, batch_tokens, pro
     """Works through the layers, skipping those already saved.
 
     Returns:
-      The manifest, and what the last layer gives for `lessons`, float32 [N, T, D].
+      The manifest, some of the windows, see `mcjax.sensitivity`, and what the dense model's last
+      layer gives for `lessons`, float32 [N, T, D].
     """
     decoder = folder.decoder
     outside = folder.read_rest()
@@ -277,21 +281,20 @@ def _run(folder, windows, lessons, directory, identity, given, batch_tokens, pro
     checkpoint.write_manifest(directory, manifest)
     reader = checkpoint.ArtifactReader(directory)
 
-    @lru_cache(maxsize=1)
-    def planes(i):
-        return parameters.read_every_width(reader, i)
+    layer = lru_cache(maxsize=1)(partial(read_layer, reader))
 
-    def at(i, path, k):
-        return planes(i)[path].slice(k).dequantize()
+    def at(i, k):
+        return dense_at(layer(i), first_tables(layer(i)), k)
 
-    manifest = _measured(folder, manifest, windows, at, directory, WHEN[0], progress)
-    return manifest, x[len(windows) :].copy()
+    sample = sensitivity.some_of(windows, x[: len(windows)])
+    manifest = _measured(folder, manifest, sample, at, directory, WHEN[0], progress)
+    return manifest, sample, x[len(windows) :].copy()
 
 
 def _measured(
     folder: Folder,
     manifest: dict[str, Any],
-    windows: np.ndarray,
+    sample: sensitivity.Text,
     at: sensitivity.At,
     directory: Path,
     when: str,
@@ -300,19 +303,13 @@ def _measured(
     """The manifest with what parts cost, measured unless that is there already."""
     decoder, file = folder.decoder, directory / COSTS.format(when)
     if not file.exists():
-        widths: list[dict[str, tuple[int, ...]]] = [{} for _ in decoder.layers]
+        stored: list[dict[str, tuple[int, ...]]] = [{} for _ in decoder.layers]
         for part in allocate.parts(decoder, manifest):
-            widths[part.layer][part.tap] = part.widths
-
+            stored[part.layer][part.tap] = part.widths
+        outside, read = folder.read_rest(), partial(_read_dense, folder)
+        batch = max(1, BATCH_TOKENS // sample.windows.shape[1])
         found = sensitivity.costs(
-            decoder,
-            widths,
-            folder.read_rest(),
-            partial(_read_dense, folder),
-            at,
-            windows,
-            directory,
-            partial(progress, description="what parts cost"),
+            decoder, stored, outside, read, at, sample, batch, directory, progress
         )
         _write_json(file, {"layers": jax.tree.map(np.ndarray.tolist, found)})
     statistics, kept = manifest["statistics"], read_json(file)["layers"]
@@ -330,13 +327,16 @@ def _tune(
 
     The layers as they were stay beside those written anew until all of these are there.
     """
-    folder, windows, lessons, target = given
+    folder, sample, lessons, target = given
     checkpoint.write_manifest(directory, manifest)
     reader = checkpoint.ArtifactReader(directory)
     keep, layers, tuned = (directory / name for name in (TUNING, "layers", "tuned"))
 
     def measure(state):
-        return _measured(folder, manifest, windows, state.dense, directory, WHEN[1], progress)
+        def at(i, k):
+            return dense_at(state.layers[i], state.tables[i], k)
+
+        return _measured(folder, manifest, sample, at, directory, WHEN[1], progress)
 
     tables, manifest = tune_artifact(reader, plan, lessons, target, keep, measure, progress)
     shutil.rmtree(tuned, ignore_errors=True)

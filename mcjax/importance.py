@@ -29,10 +29,10 @@ from mcjax.atomic import whole
 from mcjax.models import weights
 from mcjax.models.attention import Context
 from mcjax.models.decoder import Decoder, Layer, Routed
-from mcjax.models.language_model import run_layer
+from mcjax.models.language_model import embed, run_layer
 from mcjax.models.weights import Role
 from mcjax.ops import Shifted
-from mcjax.passes import there_and_back
+from mcjax.passes import Visit, own_predictions, there_and_back
 
 GROUPS = 4
 """Groups of a product's output features that have an importance of their own, at most."""
@@ -85,14 +85,17 @@ def measure(
     if keep.exists():
         return _restore(keep, len(decoder.layers))
 
-    def visit(i, own):
-        return partial(_backward, decoder.layers[i], decoder.norm_eps, own)
+    def collect(batches):
+        each = [jax.tree.map(np.asarray, of_batch) for of_batch in batches]
+        return jax.tree.map(lambda *parts: _scaled(np.concatenate(parts)), *each)
 
+    def visit(i, own):
+        return Visit(partial(_backward, decoder.layers[i], decoder.norm_eps, own), collect)
+
+    x = np.array(embed(decoder, outside, windows, jnp.float32))
+    loss = own_predictions(decoder, outside)
     named = partial(progress, description="importance of tokens")
-    each = there_and_back(decoder, outside, read, windows, batch, directory, visit, named)
-    found = [
-        jax.tree.map(lambda *parts: _scaled(np.concatenate(parts)), *of_layer) for of_layer in each
-    ]
+    found = there_and_back(decoder, x, read, loss, visit, batch, directory, named)
     _save(keep, found)
     return found
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from mcjax import sharding
 from mcjax.allocate import Widths, nearest
@@ -22,6 +23,7 @@ from mcjax.models.weights import Role
 from mcjax.odp import PruningStatistics
 from mcjax.ops import Places
 from mcjax.sharding import Sharding
+from mcjax.tables import num_rows
 
 
 def read_rest(reader: ArtifactReader, shared: Sharding | None = None) -> dict[str, Any]:
@@ -112,10 +114,14 @@ class Spread(NamedTuple):
     place: np.ndarray
 
     @property
+    def devices(self) -> int:
+        """How many share experts."""
+        return self.shared.size(self.shared.expert)
+
+    @property
     def total(self) -> int:
         """Places of all devices together."""
-        devices = self.shared.size(self.shared.expert)
-        return -(-self.place.shape[1] // devices) * devices
+        return -(-self.place.shape[1] // self.devices) * self.devices
 
     def local(self, r: int, e: int) -> bool:
         """Whether this process has expert e of layer r."""
@@ -123,8 +129,7 @@ class Spread(NamedTuple):
 
     def stacks(self, widths: np.ndarray) -> tuple[dict[int, int], np.ndarray, np.ndarray]:
         """How many weights of each width a device has room for; each place's stack and slot."""
-        devices = self.shared.size(self.shared.expert)
-        held = np.zeros((len(widths), self.total), int)
+        devices, held = self.devices, np.zeros((len(widths), self.total), int)
         np.put_along_axis(held, self.place, widths, axis=1)
         stack, slot, room = np.zeros_like(held), np.zeros_like(held), {}
         for s, k in enumerate(np.unique(widths).tolist()):
@@ -137,8 +142,41 @@ class Spread(NamedTuple):
         return room, stack.astype(np.int32), slot.astype(np.int32)
 
 
+class Arrangement(NamedTuple):
+    """Where weights of widths int [R, ...] lie in the stacks of `MixedPlanes`.
+
+    Attributes:
+      counts: rows of each width's stack; those of a mesh's devices one after another.
+      stack: as `MixedPlanes` has it.
+      slot: likewise.
+      row: int [R, ...], each weight's row of its width's stack.
+    """
+
+    counts: dict[int, int]
+    stack: np.ndarray
+    slot: np.ndarray
+    row: np.ndarray
+
+
+def arrange(widths: np.ndarray, spread: Spread | None) -> Arrangement:
+    """Gives weights of the widths int [R, ...] their rows."""
+    if spread is None:
+        stack, slot = places(widths)
+        counts = {int(k): int((widths == k).sum()) for k in np.unique(widths)}
+        return Arrangement(counts, stack, slot, slot)
+    room, stack, slot = spread.stacks(widths)
+    device = spread.place * spread.devices // spread.total
+    row = np.take_along_axis(slot, spread.place, axis=1)
+    row = row + device * np.vectorize(room.get)(widths)
+    return Arrangement({k: spread.devices * n for k, n in room.items()}, stack, slot, row)
+
+
 def _correct(
-    reader: ArtifactReader, params: Any, wanted: dict[int, int], held: dict[int, int] | None = None
+    reader: ArtifactReader,
+    params: Any,
+    wanted: dict[int, int],
+    held: dict[int, int] | None = None,
+    shared: Sharding | None = None,
 ) -> None:
     """Multiplies norms and routers by what tuning stored for the widths wanted, if it did.
 
@@ -146,7 +184,9 @@ def _correct(
       reader: of the artifact.
       params: of all layers; changed.
       wanted: the width of each layer that a budget is about.
-      held: the widths whose factors are in `params` already; None if there are none.
+      held: the widths whose factors are in `params` already; None if there are none, and `params`
+        still on this host.
+      shared: the mesh that `params` are on, None for one device.
     """
     if wanted == held:
         return
@@ -162,10 +202,10 @@ def _correct(
                 plain = np.stack(reader.read((f"layers/{i}", role.name, None) for i in mine))
             factor = 1 + np.stack(reader.read(names)).astype(np.float32)
             factor = factor.reshape(len(mine), *[1] * (plain.ndim - 2), -1)
-            made = np.asarray(plain, np.float32) * factor  # bfloat16 would lose small corrections
-            weights.put(
-                params, member.path + role.path, made if held is None else jnp.asarray(made)
-            )
+            made: Any = np.asarray(plain, np.float32) * factor  # bfloat16 loses small corrections
+            if held is not None:
+                made = jnp.asarray(made) if shared is None else shared.place(made, P())
+            weights.put(params, member.path + role.path, made)
 
 
 def widths_of(layers: Sequence[int], role: Role, widths: Widths) -> np.ndarray:
@@ -204,30 +244,21 @@ def _mixed(
     room: _Room, role: Role, layers: Sequence[int], widths: np.ndarray, spread: Spread | None
 ):
     """`MixedPlanes` [R, ...] of the widths int [R, ...], and what fills each layer's part."""
-    devices = 1 if spread is None else spread.shared.size(spread.shared.expert)
-    if spread is None:
-        stack, slot = places(widths)
-        counts = {int(k): int((widths == k).sum()) for k in np.unique(widths)}
-    else:
-        counts, stack, slot = spread.stacks(widths)
-    stacks = [_empty_planes(room, (devices * n, *role.shape[-2:]), (k,)) for k, n in counts.items()]
+    found = arrange(widths, spread)
+    stacks = {k: _empty_planes(room, (n, *role.shape[-2:]), (k,)) for k, n in found.counts.items()}
 
     def fill(r, i):
-        for row in np.ndindex(*widths.shape[1:]):
-            e, at = (row[0] if row else None), row
-            if spread is not None:
-                if not spread.local(r, row[0]):
-                    continue
-                at = (int(spread.place[r, row[0]]),)
-            own, place = stacks[stack[r, *at]], slot[r, *at]
-            if spread is not None:  # stacks of devices lie one after another
-                place = place + at[0] * devices // spread.total * (own.shape[0] // devices)
+        for e in np.ndindex(*widths.shape[1:]):
+            if spread is not None and not spread.local(r, e[0]):
+                continue
+            row, own = found.row[r, *e], stacks[int(widths[r, *e])]
+            number = e[0] if e else None
             for p in range(own.bits):
-                room.fill(i, f"{role.name}.plane_{p}", e, own.planes[place, p])
-            room.fill(i, f"{role.name}.table_{own.bits}", e, own.tables[0][place])
+                room.fill(i, f"{role.name}.plane_{p}", number, own.planes[row, p])
+            room.fill(i, f"{role.name}.table_{own.bits}", number, own.tables[0][row])
 
-    where: Any = {"stack": stack, "slot": slot}
-    made = MixedPlanes(stacks=tuple(stacks), **where)
+    where: Any = {"stack": found.stack, "slot": found.slot}
+    made = MixedPlanes(stacks=tuple(stacks.values()), **where)
     return made, [partial(fill, r, i) for r, i in enumerate(layers)]
 
 
@@ -237,13 +268,17 @@ def _empty_planes(room: _Room, shape, widths) -> Any:
     return jax.tree.map(lambda a: room.empty(a.shape, a.dtype), like)
 
 
-def refine_layers(reader: ArtifactReader, params: Any, widths: Widths) -> dict[str, Any]:
+def refine_layers(
+    reader: ArtifactReader, params: Any, widths: Widths, shared: Sharding | None = None
+) -> dict[str, Any]:
     """The same parameters at other widths; planes that are held stay on their device.
 
     Args:
       reader: of the artifact.
-      params: as `read_layers` gives them.
+      params: as `read_layers` gives them; on a mesh, where `sharding.put_on` has put them.
       widths: as there.
+      shared: the mesh that they are on. Experts keep their places, and a process reads what its
+        own devices lack.
 
     Returns:
       New parameters; no array of the given ones changes.
@@ -253,79 +288,161 @@ def refine_layers(reader: ArtifactReader, params: Any, widths: Widths) -> dict[s
     params = jax.tree.map(lambda a: a, params)
     for member in weights.members(decoder):
         paths = {role.path for role in weights.budgeted(decoder, member.layer)}
+        of_experts = weights.get(params, member.path + weights.BLOCK).get(weights.PLACES[-1])
         for role in weights.roles(member.layer, decoder.width):
             if role.tap is None:
                 continue
-            wanted = widths_of(member.numbers, role, widths)
-            held = weights.get(params, member.path + role.path)
-            held = weights.looked_up(held) if isinstance(held, BitPlanes) else held
-            before |= {
-                (i, role.tap): w for i, w in zip(member.numbers, held.allocation, strict=True)
-            }
-            if (held.allocation != wanted).any():
-                made: Any = _refined(reader, role, member.numbers, held, wanted)
-                if role.path not in paths and not np.ptp(wanted):
+            after = widths_of(member.numbers, role, widths)
+            planes = weights.get(params, member.path + role.path)
+            planes = weights.looked_up(planes) if isinstance(planes, BitPlanes) else planes
+            own, spread = planes.allocation, None
+            if shared is not None and role.routed and of_experts is not None:
+                spread = Spread(shared, np.asarray(of_experts.place))
+                own = np.take_along_axis(own, spread.place, axis=1)
+            before |= {(i, role.tap): w for i, w in zip(member.numbers, own, strict=True)}
+            if (own != after).any():
+                change = _Change(reader, role, member.numbers, own, after, shared, spread)
+                made: Any = change.apply(planes)
+                if role.path not in paths and not np.ptp(after):
                     (made,) = made.stacks  # as `read_layers` has it
                 weights.put(params, member.path + role.path, made)
-    _correct(
-        reader,
-        params,
-        *(nearest(reader.decoder, reader.manifest, each) for each in (widths, before)),
-    )
+    wanted, held = (nearest(decoder, reader.manifest, each) for each in (widths, before))
+    _correct(reader, params, wanted, held, shared)
     return params
 
 
-def _refined(reader, role: Role, layers: Sequence[int], held: MixedPlanes, widths) -> MixedPlanes:
-    before, (stack, slot) = held.allocation, places(widths)
-    old = np.asarray(held.stack), np.asarray(held.slot)
-    stacks = []
-    for s, k in enumerate(np.unique(widths).tolist()):
-        mine = stack == s
-        rows = np.argwhere(mine)
-        planes: Any = jnp.zeros((len(rows), k, *held.stacks[0].planes.shape[-3:]), jnp.uint32)
-        table: Any = None
-        for t, source in enumerate(held.stacks):
-            both = mine & (old[0] == t)
-            if not both.any():
-                continue
-            common = min(k, source.bits)
-            planes = _move(planes, source.planes, slot[both], old[1][both], common)
-            if source.bits == k:
-                table = jnp.zeros((len(rows), *source.tables[0].shape[1:]), jnp.uint8)
-                table = _move(table, source.tables[0], slot[both], old[1][both], table.shape[1])
-        requests, targets = [], []
-        for row in map(tuple, rows):
-            i, e = layers[row[0]], row[1] if len(row) > 1 else None
-            missing: list[Any] = list(range(before[row], k))
-            for p in missing:
-                requests.append((f"layers/{i}", f"{role.name}.plane_{p}", e))
-                targets.append((slot[row], p))
-            if before[row] != k:
-                requests.append((f"layers/{i}", f"{role.name}.table_{k}", e))
-                targets.append((slot[row], None))
-        new = list(zip(targets, reader.read(requests), strict=True))
-        some = [(at, value) for at, value in new if at[1] is not None]
-        if some:
-            places_, values = zip(*some, strict=True)
-            planes = _put(planes, np.array(places_).T, np.stack(values))
-        tables = [(at[0], value) for at, value in new if at[1] is None]
-        if tables:
-            places_, values = zip(*tables, strict=True)
-            if table is None:
-                table = jnp.zeros((len(rows), *values[0].shape), jnp.uint8)
-            table = _put(table, np.array(places_)[None], np.stack(values))
-        stacks.append(replace(held.stacks[0], planes=planes, tables=(table,), widths=(k,)))
-    return MixedPlanes(stacks=tuple(stacks), stack=jnp.asarray(stack), slot=jnp.asarray(slot))
+class _Change(NamedTuple):
+    """Another width for weights of one role in some layers, int [R, ...] before and after."""
+
+    reader: ArtifactReader
+    role: Role
+    layers: Sequence[int]
+    before: np.ndarray
+    after: np.ndarray
+    shared: Sharding | None
+    spread: Spread | None
+
+    @property
+    def row_axis(self) -> str | None:
+        """The mesh axis that rows of stacks lie along."""
+        return None if self.spread is None else self.spread.shared.expert
+
+    @property
+    def devices(self) -> int:
+        """How many share the rows of a stack."""
+        return 1 if self.spread is None else self.spread.devices
+
+    def apply(self, held: MixedPlanes) -> MixedPlanes:
+        """The planes at the widths after, made of what is held and of what is read."""
+        old, new = arrange(self.before, self.spread), arrange(self.after, self.spread)
+        sources, stacks = dict(zip(old.counts, held.stacks, strict=True)), []
+        of_plane = held.stacks[0].planes.shape[2:]
+        of_row = held.stacks[0].tables[0].shape[2:]
+        for k, count in new.counts.items():
+            origins = {}
+            for source, rows in old.counts.items():
+                both = (self.after == k) & (self.before == source)
+                origins[source] = np.full(count, -1, np.int32)
+                origins[source][new.row[both]] = old.row[both] % (rows // self.devices)
+            name, lacking = self.role.name, np.argwhere((self.after == k) & (self.before != k))
+            each = [(tuple(e), int(new.row[tuple(e)])) for e in lacking]
+            planes = self._made(
+                [(sources[source].planes, origin) for source, origin in origins.items()],
+                [
+                    (e, f"{name}.plane_{p}", (r, p))
+                    for e, r in each
+                    for p in range(self.before[e], k)
+                ],
+                (count, k, *of_plane),
+                np.empty(of_plane, np.uint32),
+            )
+            table = self._made(
+                [(sources[k].tables[0], origins[k])] if k in sources else [],
+                [(e, f"{name}.table_{k}", (r,)) for e, r in each],
+                (count, num_rows(k), *of_row),
+                np.empty((num_rows(k), *of_row), np.uint8),
+            )
+            stacks.append(replace(held.stacks[0], planes=planes, tables=(table,), widths=(k,)))
+        placed: Any = [self._placed(array, None, self.row_axis) for array in (new.stack, new.slot)]
+        return MixedPlanes(stacks=tuple(stacks), stack=placed[0], slot=placed[1])
+
+    def _made(self, sources, lacking, shape, chunk: np.ndarray) -> jax.Array:
+        """An array of `shape` of rows of sources, and of chunks that are read: (e, leaf, where)."""
+        count, columns = shape[0] // self.devices, self._column_axis(shape[-1])
+        by_device: list[list] = [[] for _ in range(self.devices)]
+        for e, leaf, (row, *rest) in lacking:
+            by_device[row // count].append((e, leaf, (row % count, *rest)))
+        most = max(map(len, by_device))
+        at = np.full((self.devices, most, len(shape) - chunk.ndim), count, np.int32)
+        values = np.zeros((self.devices, most, *chunk.shape), chunk.dtype)
+        for d, mine in enumerate(by_device):
+            if mine and (self.spread is None or self.spread.local(*mine[0][0])):
+                requests = [
+                    (f"layers/{self.layers[e[0]]}", leaf, e[1] if len(e) > 1 else None)
+                    for e, leaf, _ in mine
+                ]
+                at[d, : len(mine)] = [where for _, _, where in mine]
+                values[d, : len(mine)] = np.stack(self.reader.read(requests))
+        return _rows_together(
+            [source for source, _ in sources],
+            [self._placed(origin, self.row_axis) for _, origin in sources],
+            self._placed(at.reshape(-1, at.shape[-1]), self.row_axis),
+            self._placed(values.reshape(-1, *chunk.shape), self.row_axis, columns),
+            (count, *shape[1 : at.shape[-1]]),
+            None if self.shared is None else (self.shared.mesh, self.row_axis, columns),
+        )
+
+    def _column_axis(self, columns: int) -> str | None:
+        """The mesh axis that columns lie along, see `sharding.divided`."""
+        if self.shared is None or weights.OUT not in self.role.axes:
+            return None
+        return self.shared.out if columns % self.shared.size(self.shared.out) == 0 else None
+
+    def _placed(self, array: np.ndarray, first: str | None, last: str | None = None) -> jax.Array:
+        """An array of this host, its first and last axis along those of the mesh."""
+        if self.shared is None:
+            return jnp.asarray(array)
+        middle = [None] * (array.ndim - 2)
+        spec = P(first, *middle, last) if array.ndim > 1 else P(first)
+        return self.shared.place(array, spec)
 
 
-@partial(jax.jit, static_argnames="count", donate_argnames="into")
-def _move(into, source, to, origin, count):
-    return into.at[to, :count].set(source[origin, :count])
+@partial(jax.jit, static_argnums=(4, 5))
+def _rows_together(sources, origins, at, values, shape, along):
+    """Rows of arrays and values read, in new arrays; on a mesh each device's own.
 
+    Args:
+      sources: arrays [n, ...].
+      origins: for each int32 [N], the row of it that a new row begins as, negative if none.
+      at: int32 [M, len(shape)], where values go; outside if nowhere.
+      values: [M, ...].
+      shape: the first axes of what a device makes, N among them.
+      along: a mesh and the axes of it that rows and columns lie along; None for one device.
+    """
 
-@partial(jax.jit, donate_argnames="into")
-def _put(into, at, values):
-    return into.at[tuple(at)].set(values)
+    def local(sources, origins, at, values):
+        made = jnp.zeros((*shape, *values.shape[1:]), values.dtype)
+        for source, origin in zip(sources, origins, strict=True):
+            both = min(source.shape[1], made.shape[1])
+            moved = source[jnp.maximum(origin, 0), :both]
+            is_there = (origin >= 0).reshape(-1, *[1] * (made.ndim - 1))
+            made = made.at[:, :both].set(jnp.where(is_there, moved, made[:, :both]))
+        return made.at[tuple(at.T)].set(values, mode="drop")
+
+    if along is None:
+        return local(sources, origins, at, values)
+    mesh, row, column = along
+
+    def spec(ndim):
+        return P(row, *[None] * (ndim - 2), column)
+
+    arrays = [spec(source.ndim) for source in sources]
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(arrays, P(row), P(row), spec(values.ndim)),
+        out_specs=spec(len(shape) + values.ndim - 1),
+    )(sources, origins, at, values)
 
 
 def read_draft_tables(reader: ArtifactReader, params: Any, draft: int) -> dict[str, Any]:

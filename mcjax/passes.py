@@ -1,9 +1,4 @@
-"""A pass through a dense model and back, with one layer in memory at a time.
-
-Going back, each layer gets the gradient of a loss by what it gives: the negative log-likelihood of
-labels that are drawn from the model's own predictions, one for each token. Its outer products are,
-on average, the Fisher information: what a small change does to predictions, in nats.
-"""
+"""A pass through a model and back, with one layer in memory at a time."""
 
 from __future__ import annotations
 
@@ -11,96 +6,148 @@ import shutil
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from mcjax import vocabulary
 from mcjax.models.decoder import Decoder
-from mcjax.models.language_model import embed
 from mcjax.tune_artifact import outputs
-from mcjax.vocabulary import head_of, log_probabilities
 
 TOGETHER = 8
 """Windows that share the likeliest tokens of a large vocabulary, see `mcjax.vocabulary`."""
 
-Visit = Callable[[jax.Array, jax.Array], tuple[jax.Array, Any]]
-"""From what goes into a layer and the gradient by what it gives, [B, T, D], to the gradient by what
-goes in, and what is wanted."""
+Loss = Callable[[np.ndarray], np.ndarray]
+"""From what the last layer gives, float32 [N, T, D], to a loss's gradient by it."""
+
+
+class Visit(NamedTuple):
+    """What happens at a layer on the way back.
+
+    Attributes:
+      backward: from what goes into the layer and the gradient by what it gives, [B, T, D], to the
+        gradient by what goes in, and what is wanted of that batch.
+      collect: from these, one batch after another, to what is found.
+    """
+
+    backward: Callable[[jax.Array, jax.Array], tuple[jax.Array, Any]]
+    collect: Callable[[Iterable[Any]], Any]
 
 
 def there_and_back(
     decoder: Decoder,
-    outside: Any,
+    x: np.ndarray,
     read: Callable[[int], Any],
-    windows: np.ndarray,
+    loss: Loss,
+    visit: Callable[[int, Any], Visit],
     batch: int,
     directory: Path,
-    visit: Callable[[int, Any], Visit],
     progress: Callable[[Iterable[int]], Iterable[int]],
-) -> list[list[Any]]:
-    """What visiting each layer on the way back finds, by layers, for every batch.
+) -> list[Any]:
+    """What visiting each layer on the way back finds, by layers.
 
     Layers' inputs lie in `directory` in bfloat16 from the one way to the other.
 
     Args:
       decoder: the model.
-      outside: its parameters outside of the layers.
+      x: what goes into the first layer, float32 [N, T, D]; changed.
       read: gives the dense weights of layer i.
-      windows: tokens int [N, T].
+      loss: of what the last layer gives.
+      visit: from a layer's number and its weights to what visits it.
       batch: windows computed at once.
       directory: for what lies there.
-      visit: from a layer's number and its weights to what visits it.
       progress: wraps the iteration over layers, there and back.
     """
     inputs = directory / "inputs"
     shutil.rmtree(inputs, ignore_errors=True)
     inputs.mkdir()
-    starts = range(0, len(windows), batch)
+    some = [slice(first, first + batch) for first in range(0, len(x), batch)]
     count = len(decoder.layers)
-    x = np.array(embed(decoder, outside, windows, jnp.float32))
-    found: list[list[Any]] = [[] for _ in range(count)]
+    found: list[Any] = [None] * count
     for step in progress(range(2 * count)):
         i = step if step < count else 2 * count - 1 - step
-        own, layer, file = read(i), decoder.layers[i], inputs / f"{i}.npy"
+        own, file = read(i), inputs / f"{i}.npy"
         if step < count:
             np.save(file, x.astype(ml_dtypes.bfloat16).view(np.uint16))
-            for s in starts:
-                x[s : s + batch] = outputs(layer, decoder.norm_eps, own, x[s : s + batch])
+            for s in some:
+                x[s] = outputs(decoder.layers[i], decoder.norm_eps, own, x[s])
             if i + 1 == count:
-                x = _last_gradient(decoder, outside, x)
+                x[...] = loss(x)
             continue
-        kept, here = np.load(file).view(ml_dtypes.bfloat16), visit(i, own)
-        for s in starts:
-            some = jnp.asarray(kept[s : s + batch].astype(np.float32))
-            change, wanted = here(some, jnp.asarray(x[s : s + batch]))
-            x[s : s + batch] = change
-            found[i].append(jax.tree.map(np.asarray, wanted))
-        del own, here
+        backward, collect = visit(i, own)
+
+        def batches(file=file, backward=backward):
+            kept = np.load(file).view(ml_dtypes.bfloat16)
+            for s in some:
+                x[s], wanted = backward(jnp.asarray(kept[s], jnp.float32), jnp.asarray(x[s]))
+                yield wanted
+
+        found[i] = collect(batches())
+        del own, backward, collect, batches
         file.unlink()
     inputs.rmdir()
     return found
 
 
-def _last_gradient(decoder: Decoder, outside: Any, x: np.ndarray) -> np.ndarray:
-    """The loss's gradient by what the last layer gives, float32 [N, T, D], a window at a time."""
-    made = np.empty_like(x)
-    for first in range(0, len(x), TOGETHER):
-        norm, head = head_of(decoder, outside, x[first : first + TOGETHER])
-        for n in range(first, min(first + TOGETHER, len(x))):
-            key = jax.random.key(n)
-            made[n] = _drawn_loss_gradient(decoder, norm, head, key, x[n : n + 1])[0]
-    return made
+def own_predictions(decoder: Decoder, outside: Any) -> Loss:
+    """The negative log-likelihood of labels drawn from the model's own predictions, one a token.
+
+    Its gradients' outer products are, on average, the Fisher information: what a small change does
+    to predictions, in nats.
+
+    Args:
+      decoder: the model.
+      outside: its parameters outside of the layers.
+    """
+
+    def gradient(x):
+        made = np.empty_like(x)
+        for first in range(0, len(x), TOGETHER):
+            norm, head = vocabulary.head_of(decoder, outside, x[first : first + TOGETHER])
+            for n in range(first, min(first + TOGETHER, len(x))):
+                key = jax.random.key(n)
+                made[n] = _drawn_gradient(decoder, norm, head, key, x[n : n + 1])[0]
+        return made
+
+    return gradient
+
+
+def divergence_from(decoder: Decoder, outside: Any, target: np.ndarray) -> Loss:
+    """The mean divergence of predictions from those of another model, nats a token.
+
+    Args:
+      decoder: the model.
+      outside: its parameters outside of the layers.
+      target: float [N, T, D], what the other model's last layer gives.
+    """
+
+    def gradient(x):
+        made = np.empty_like(x)
+        for first in range(0, len(x), TOGETHER):
+            s = slice(first, first + TOGETHER)
+            norm, head = vocabulary.head_of(decoder, outside, target[s])
+            wanted = jnp.asarray(target[s], jnp.float32)
+            made[s] = _divergence_gradient(decoder, norm, head, x[s], wanted)
+            made[s] *= len(wanted) / len(x)
+        return made
+
+    return gradient
 
 
 @partial(jax.jit, static_argnums=0)
-def _drawn_loss_gradient(decoder: Decoder, norm, head, key, x):
-    labels = jax.random.categorical(key, log_probabilities(decoder, norm, head, x))
+def _drawn_gradient(decoder: Decoder, norm, head, key, x):
+    labels = jax.random.categorical(key, vocabulary.log_probabilities(decoder, norm, head, x))
 
     def loss(x):
-        likely = log_probabilities(decoder, norm, head, x)
+        likely = vocabulary.log_probabilities(decoder, norm, head, x)
         return -jnp.sum(jnp.take_along_axis(likely, labels[..., None], axis=-1))
 
     return jax.grad(loss)(x)
+
+
+@partial(jax.jit, static_argnums=0)
+def _divergence_gradient(decoder: Decoder, norm, head, x, target):
+    return jax.grad(partial(vocabulary.divergence, decoder, norm, head))(x, target)

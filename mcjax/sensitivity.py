@@ -1,104 +1,152 @@
 """What quantising each part of a model costs in the end, in nats a token.
 
-If all weights w of a part change by d, the log-likelihood of a window of T tokens, its labels drawn
-from the model's own predictions, changes by about ``<g, d>`` with g its gradient, so predictions
-diverge by
+Let the divergence of predictions from the dense model's be L, w(k) all weights at width k, and g(k)
+the gradient of L there. Between a width k and the next one above it, k', L rises by about
 
-    ``KL = E <g, d>^2 / (2 T)``
+    L(w(k)) - L(w(k')) = sum over parts i of  <(g_i(k) + g_i(k')) / 2, w_i(k) - w_i(k')>
 
-in nats a token, on average over windows (the Fisher information). Errors of a part's weights count
-together with their signs, and those of a token with what later tokens make of it. A pass through
-the model and back measures every part, expert and width: one gradient a window (ours; that costs of
-parts add up is the approximation of `mcjax.allocate`).
+the trapezoidal rule along the line from the one to the other, where it is exact if L is quadratic.
+Each term is what part i costs at k more than at k'; above the widest is the dense model, where L
+and g are 0. So costs of all parts add up to what the model loses at a width, and each part is
+judged in the company it will have, other parts being at about its width: early layers, whose errors
+all later ones meet, cost several times what they do alone (ours; path-integrated gradients, as of
+Aumann and Shapley).
+
+One pass through the model and back for each width measures all parts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mcjax import text
+from mcjax import passes
 from mcjax.models import weights
 from mcjax.models.decoder import Decoder, Layer
-from mcjax.passes import there_and_back
+from mcjax.models.language_model import embed
 from mcjax.tune_artifact import outputs
 
-WINDOWS = 64
-"""How many windows costs are measured on, at most: each is one sample of ``<g, d>``."""
+WINDOWS = 32
+"""How many windows costs are measured on, at most."""
 
 TOKENS = 128
-"""How many tokens of each, at most, the first: samples are worth more than tokens."""
+"""How many tokens of each, at most, the first."""
 
-At = Callable[[int, tuple[str, ...], int], jax.Array]
-"""From a layer's number, a weight's path and a width to what the weight is at that width."""
+At = Callable[[int, int], Any]
+"""From a layer's number and a width to its weights there, see `mcjax.allocate.stored_at`."""
+
+
+class Text(NamedTuple):
+    """What costs are measured on.
+
+    Attributes:
+      windows: tokens int [N, T].
+      target: float32 [N, T, D], what the dense model's last layer gives for them.
+    """
+
+    windows: np.ndarray
+    target: np.ndarray
+
+
+def some_of(windows: np.ndarray, target: np.ndarray) -> Text:
+    """At most `WINDOWS` of many windows, spread evenly, and `TOKENS` of each."""
+    some = np.linspace(0, len(windows) - 1, min(WINDOWS, len(windows))).astype(int)
+    return Text(windows[some, :TOKENS], target[some, :TOKENS])
 
 
 def costs(
     decoder: Decoder,
-    widths: Sequence[dict[str, tuple[int, ...]]],
+    stored: Sequence[dict[str, tuple[int, ...]]],
     outside: Any,
     read: Callable[[int], Any],
     at: At,
-    windows: np.ndarray,
+    text: Text,
+    batch: int,
     directory: Path,
-    progress: Callable[[Iterable[int]], Iterable[int]],
+    progress: Callable[..., Any],
 ) -> list[dict[str, np.ndarray]]:
     """What each part costs at each width.
 
     Args:
       decoder: the model.
-      widths: of each layer's parts, by what they multiply.
+      stored: widths of each layer's parts, by what they multiply.
       outside: parameters outside of the layers.
       read: gives the dense weights of layer i.
       at: gives them at a width.
-      windows: tokens int [N, T], of which `WINDOWS` are used, spread evenly, and `TOKENS` of each.
+      text: on which it is measured.
+      batch: windows computed at once.
       directory: where layers' inputs lie meanwhile.
-      progress: wraps the iteration over layers, there and back.
+      progress: wraps the iterations over layers, there and back, called with (items,
+        description=...).
 
     Returns:
-      By layers and parts float64 [E, widths], E 1 unless routed.
+      By layers and parts float64 [E, widths], E 1 unless routed. A sample may have it negative.
     """
-    some = text.spread(windows, WINDOWS)[:, :TOKENS]
+    every = sorted({k for of_layer in stored for own in of_layer.values() for k in own})[::-1]
+    loss = passes.divergence_from(decoder, outside, text.target)
+    found = []
+    for wider, k, narrower in zip([None, *every[:-1]], every, [*every[1:], None], strict=True):
+        x = np.array(embed(decoder, outside, text.windows, jnp.float32))
+        own = partial(_swapped, at, k)
+        visit = partial(_visit, decoder, read, at, wider, narrower)
+        named = partial(progress, description=f"what {k} bits cost")
+        each = passes.there_and_back(decoder, x, own, loss, visit, batch, directory, named)
+        found.append(each)
 
-    def visit(i, own):
-        layer = decoder.layers[i]
-        taps = tuple(
-            (tap, tuple(role.path for role in roles))
-            for tap, roles in weights.by_tap(layer, decoder.width).items()
-        )
+    def of_part(i, tap, widths):
+        rises = np.stack([of_width[i][0][tap] for of_width in found])
+        rises[1:] += [of_width[i][1][tap] for of_width in found[:-1]]
+        total = np.cumsum(rises / 2, axis=0)
+        return np.stack([total[every.index(k)] for k in widths], axis=-1)
 
-        def changes(path, tap):
-            dense = weights.get(own, path)
-            # Those of all widths are held at once: in halves.
-            each = ((at(i, path, k) - dense).astype(jnp.bfloat16) for k in widths[i][tap])
-            return jnp.stack(list(each))
+    return [
+        {tap: of_part(i, tap, widths) for tap, widths in of_layer.items()}
+        for i, of_layer in enumerate(stored)
+    ]
 
-        moved = {path: changes(path, tap) for tap, paths in taps for path in paths}
-        return partial(_along, layer, decoder.norm_eps, taps, own, moved)
 
-    found = there_and_back(decoder, outside, read, some, 1, directory, visit, progress)
-    made = []
-    for of_layer in found:
-        squares = [
-            {tap: np.square(np.asarray(value, np.float64)) for tap, value in each.items()}
-            for each in of_layer
-        ]
-        mean = jax.tree.map(lambda *each: np.mean(each, axis=0) / (2 * some.shape[1]), *squares)
-        made.append({tap: np.atleast_2d(value.T) for tap, value in mean.items()})
-    return made
+def _swapped(at: At, k: int, i: int) -> Any:
+    return at(i, k)
+
+
+def _visit(
+    decoder: Decoder,
+    read: Callable[[int], Any],
+    at: At,
+    wider: int | None,
+    narrower: int | None,
+    i: int,
+    own: Any,
+) -> passes.Visit:
+    """Finds ``<g, own - wider>`` and ``<g, narrower - own>`` of each part, float64 [E]."""
+    layer = decoder.layers[i]
+    taps = tuple(
+        (tap, tuple(role.path for role in roles))
+        for tap, roles in weights.by_tap(layer, decoder.width).items()
+    )
+
+    def collect(batches):
+        gradient = reduce(_sum, batches)
+        dense = read(i) if wider is None else at(i, wider)
+        rise = {tap: -change for tap, change in _inner(taps, gradient, own, dense).items()}
+        del dense
+        if narrower is None:
+            return rise, {}
+        return rise, _inner(taps, gradient, own, at(i, narrower))
+
+    paths = tuple(path for _, several in taps for path in several)
+    return passes.Visit(partial(_backward, layer, decoder.norm_eps, paths, own), collect)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _along(
-    layer: Layer, eps: float, taps: tuple, own: Any, moved: Any, x: jax.Array, change: jax.Array
-):
-    """The gradient by x; and by parts ``<g, d>``, float32 [widths] or [widths, E]."""
+def _backward(layer: Layer, eps: float, paths: tuple, own: Any, x: jax.Array, change: jax.Array):
+    """The gradients by x and by the weights at paths."""
 
     def run(some, x):
         every = jax.tree.map(lambda leaf: leaf, own)
@@ -106,14 +154,26 @@ def _along(
             weights.put(every, path, value)
         return outputs(layer, eps, every, x)
 
-    of_weights, of_x = jax.vjp(run, {path: weights.get(own, path) for path in moved}, x)[1](change)
+    of_weights, of_x = jax.vjp(run, {path: weights.get(own, path) for path in paths}, x)[1](change)
+    return of_x, of_weights
 
-    def inner(path):
-        def of_width(change):
-            # As products: what a fusion sums up itself it may sum up badly.
-            wide = change.astype(jnp.float32)
-            return jnp.einsum("...io,...io->...", of_weights[path], wide, precision="highest")
 
-        return jax.lax.map(of_width, moved[path])
+@partial(jax.jit, donate_argnums=0)
+def _sum(a: Any, b: Any) -> Any:
+    return jax.tree.map(jnp.add, a, b)
 
-    return of_x, {tap: sum(map(inner, paths)) for tap, paths in taps}
+
+def _inner(taps: tuple, gradient: Any, own: Any, other: Any) -> dict[str, np.ndarray]:
+    """Parts' ``<gradient, other - own>``, float64 [E], E 1 unless routed."""
+
+    def of_weight(path):
+        made = _product(gradient[path], weights.get(own, path), weights.get(other, path))
+        return np.atleast_1d(np.asarray(made, np.float64))
+
+    return {tap: sum(map(of_weight, paths)) for tap, paths in taps}
+
+
+@jax.jit
+def _product(gradient, own, other):
+    # As a product: what a fusion sums up itself it may sum up badly.
+    return jnp.einsum("...io,...io->...", gradient, other - own, precision="highest")

@@ -141,7 +141,9 @@ class Model:
     ) -> Model:
         """The same artifact at other widths, reading only the planes that are not here yet.
 
-        What the budget is not about stays as it is; a budget in bytes is about everything.
+        What the budget is not about stays as it is; a budget in bytes is about everything. On a
+        mesh experts stay on their devices, each of which has room for as many of a width as the one
+        that has most; `load` gives them places that suit the widths.
 
         Args:
           budget: as in `load`.
@@ -153,17 +155,17 @@ class Model:
           A new `Model`; this one stays as it is.
 
         Raises:
-          ValueError: if it has adapters or is on a mesh, or as `load`.
+          ValueError: if it has adapters, or as `load`.
         """
         refuse_adapters(self.params)
-        refuse_mesh(self.module)
         held = self.widths
         reader = checkpoint.ArtifactReader(self.path)
         wanted = resolve_widths(reader, budget, bits, allocation, None, policy)
         if not isinstance(_parsed(budget), programme.Bytes):
             parts = allocate.parts(reader.decoder, reader.manifest)
             wanted |= {(p.layer, p.tap): held[p.layer, p.tap] for p in parts if not p.budgeted}
-        params = parameters.refine_layers(reader, self.params, wanted)
+        shared = self.module.shared
+        params = parameters.refine_layers(reader, self.params, wanted, shared)
         return replace(
             self,
             params=params,

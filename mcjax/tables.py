@@ -19,6 +19,7 @@ ends of, which a second step does without moving the first four planes. The enco
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -119,12 +120,12 @@ def decode(table: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
     return alpha, offset_ratio(table[..., -1, :, :]) * jnp.sum(alpha, axis=-3)
 
 
-def to_parameters(table: jax.Array, width: int) -> dict[str, jax.Array]:
+@jax.jit
+def to_parameters(table: jax.Array) -> dict[str, jax.Array]:
     """A table as what trains.
 
     Args:
       table: uint8 [..., num_rows(width), groups, d_out].
-      width: that it goes with.
 
     Returns:
       `steps` float32 [..., num_steps(width), groups, d_out], log2 of the step sizes, and `offset`
@@ -138,6 +139,7 @@ def to_parameters(table: jax.Array, width: int) -> dict[str, jax.Array]:
     }
 
 
+@partial(jax.jit, static_argnums=1)
 def from_parameters(parameters: Mapping[str, jax.Array], width: int) -> jax.Array:
     """The inverse of `to_parameters`, rounded to what can be stored."""
     codes, steps = round_step(jnp.exp2(parameters["steps"]))

@@ -56,7 +56,7 @@ def init(params: Any, others: Collection[str] | None = None) -> Tuned:
     names, leaves, _ = named(params, holds_planes)
     held = dict(zip(names, leaves, strict=True))
     tables = {
-        name: {str(k): tables_lib.to_parameters(t, k) for k, t in _tables(name, leaf).items()}
+        name: {str(k): tables_lib.to_parameters(t) for k, t in _tables(name, leaf).items()}
         for name, leaf in held.items()
         if holds_planes(leaf)
     }
@@ -121,7 +121,7 @@ def write(params: Any, tuned: Tuned) -> Any:
 
 def _each(params: Any, tuned: Tuned, of_planes: Any) -> Any:
     def of_tables(name, leaf, tables):
-        like = {str(k): tables_lib.to_parameters(t, k) for k, t in _tables(name, leaf).items()}
+        like = {str(k): tables_lib.to_parameters(t) for k, t in _tables(name, leaf).items()}
         if jax.tree.map(jnp.shape, like) != jax.tree.map(jnp.shape, tables):
             raise ValueError(
                 f"what was tuned of {name} is for widths {', '.join(tables)} or another weight: "

@@ -23,7 +23,7 @@ float32. Planes never change.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +35,7 @@ import optax
 
 from mcjax import parameters, vocabulary
 from mcjax import tables as tables_lib
+from mcjax.allocate import stored_at
 from mcjax.atomic import whole
 from mcjax.bitplane import BitPlanes
 from mcjax.checkpoint import ArtifactReader
@@ -154,6 +155,51 @@ Tables = dict[tuple[Path_, int], Any]
 """Trees of what trains by a weight's path and a width."""
 
 
+def first_tables(layer: Weights) -> Tables:
+    """A layer's tables as they are stored, and factors of 1."""
+    tables: Tables = {
+        (path, k): tables_lib.to_parameters(table)
+        for path, planes in layer.planes.items()
+        for k, table in zip(planes.widths, planes.tables, strict=True)
+    }
+    for path in layer.corrected:
+        for k in layer.planes[min(layer.budgeted)].widths:
+            tables[path, k] = jnp.zeros(layer.rest[path].shape[-1])
+    return tables
+
+
+def dense(
+    layer: Weights, tables: Tables, widths: Mapping[Path_, np.ndarray], factor: int
+) -> dict[str, Any]:
+    """A layer's weights.
+
+    Args:
+      layer: its planes and all else.
+      tables: of the planes.
+      widths: of its weights, one or int [E].
+      factor: the width whose norms and routers it takes, if it has such.
+    """
+    own: dict[str, Any] = {}
+    for path, value in layer.rest.items():
+        if path in layer.corrected:
+            value = value * (1 + tables[path, factor])
+        weights.put(own, path, value)
+    for path, of_weight in widths.items():
+        total: Any = None
+        for k in np.unique(of_weight).tolist():
+            made = _dense(layer.planes[path].slice(k), tables[path, k])
+            total = made if total is None else _chosen(of_weight == k, made, total)
+        weights.put(own, path, total)
+    return own
+
+
+def dense_at(layer: Weights, tables: Tables, k: int) -> dict[str, Any]:
+    """A layer's weights where all are to have k bits, see `mcjax.allocate.stored_at`."""
+    own = {path: stored_at(planes.widths, k) for path, planes in layer.planes.items()}
+    factor = own[min(layer.budgeted or own)]
+    return dense(layer, tables, {path: np.array(width) for path, width in own.items()}, factor)
+
+
 class State:
     """Every layer's tables and factors, the optimiser's moments, and what has been trained."""
 
@@ -165,25 +211,14 @@ class State:
     ):
         self.layers, self.every, self.turns_of = layers, every, turns_of
         self.turns: list[Turn] = []
-        self.tables: list[Tables] = [
-            {
-                (path, k): tables_lib.to_parameters(table, k)
-                for path, planes in layer.planes.items()
-                for k, table in zip(planes.widths, planes.tables, strict=True)
-            }
-            for layer in layers
-        ]
-        for layer, tables in zip(layers, self.tables, strict=True):
-            for path in layer.corrected:
-                for k in layer.planes[min(layer.budgeted)].widths:
-                    tables[path, k] = jnp.zeros(layer.rest[path].shape[-1])
+        self.tables = list(map(first_tables, layers))
         self.moments: list[Tables] = [{} for _ in layers]
         self.done: set[tuple[bool, int]] = set()
         self.number = 0
 
-    def dense(self, i: int, path: Path_, k: int) -> jax.Array:
-        """A weight of layer i at a width, as its tables are now."""
-        return _dense(self.layers[i].planes[path].slice(k), self.tables[i][path, k])
+    def layer(self, i: int, widths: Mapping[Path_, np.ndarray], factor: int) -> Any:
+        """Layer i's weights as its tables are now, see `dense`."""
+        return dense(self.layers[i], self.tables[i], widths, factor)
 
     def begin(self, number: int) -> None:
         """Starts a setting, whose tables have moments of their own."""
@@ -313,12 +348,13 @@ class Model(NamedTuple):
         inputs = []
         for i, layer in enumerate(decoder.layers):
             inputs.append(x)
-            x = outputs(layer, decoder.norm_eps, self._own(state, turn, i), x)
+            own = state.layer(i, turn.widths[i], turn.factors.get(i, 0))
+            x = outputs(layer, decoder.norm_eps, own, x)
         norm, head = vocabulary.head_of(decoder, self.outside, target)
         value, change = _divergence(decoder, norm, head, x, jnp.asarray(target))
         gradients: list[Tables] = [{} for _ in inputs]
         for i in reversed(range(len(inputs))):
-            own = self._own(state, turn, i)
+            own = state.layer(i, turn.widths[i], turn.factors.get(i, 0))
             of_own, change = _backward(decoder.layers[i], decoder.norm_eps, own, inputs[i], change)
             for path, widths in turn.widths[i].items():
                 for k in np.unique(widths).tolist():
@@ -338,21 +374,6 @@ class Model(NamedTuple):
                 )
             del own, of_own
         return value, gradients
-
-    def _own(self, state: State, turn: Turn, i: int) -> dict[str, Any]:
-        """Layer i's weights, dense."""
-        own: dict[str, Any] = {}
-        for path, value in self.layers[i].rest.items():
-            if path in self.layers[i].corrected:
-                value = value * (1 + state.tables[i][path, turn.factors[i]])
-            weights.put(own, path, value)
-        for path, widths in turn.widths[i].items():
-            total: Any = None
-            for k in np.unique(widths).tolist():
-                made = _dense(self.layers[i].planes[path].slice(k), state.tables[i][path, k])
-                total = made if total is None else _chosen(widths == k, made, total)
-            weights.put(own, path, total)
-        return own
 
 
 @jax.jit

@@ -21,6 +21,7 @@ from mcjax.generate import generate
 from mcjax.models import weights
 from mcjax.models.families import describe
 from mcjax.parameters import Spread
+from mcjax.speculate import self_draft
 
 TESTS = str(Path(__file__).parent)
 
@@ -74,6 +75,11 @@ def test_planes_on_a_mesh(artifact):
         np.testing.assert_allclose(model(tokens[:1]), expected[:1], atol=2e-5)
         got = np.stack(list(generate(model.module, model.params, prompts, 6)))
         np.testing.assert_array_equal(got, written)
+
+        for precision in {"budget": 1.5}, {"bits": 3}, {"budget": "350kB"}, {"budget": 2.25}:
+            one, model = one.refine(**precision), model.refine(**precision)
+            jax.tree.map(np.testing.assert_array_equal, model.widths, one.widths)
+            np.testing.assert_allclose(model(tokens), one(tokens), atol=2e-5)
 
         text = jax.jit(lambda m, t: m(t)).lower(model, tokens).compile().as_text()
         kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
@@ -240,7 +246,7 @@ def test_one_device_is_a_mesh_too(artifact):
     tokens = np.arange(12).reshape(2, 6)
     model = mcjax.load(artifact, budget=2.25, mesh=mesh(data=1, expert=1, model=1))
     with pytest.raises(ValueError, match="on a mesh"):
-        model.refine(bits=3)
+        self_draft(model, 1)
     adapters = mcjax.lora.init(jax.random.key(0), model.params, rank=2)
     adapted = mcjax.lora.apply(model.params, adapters)
     with pytest.raises(ValueError, match="adapters, whose experts are in their order"):

@@ -157,7 +157,7 @@ def test_budgets_take_turns_as_they_are_served(artifact):
 def test_steps_and_offsets_move_a_weight_as_far(width):
     w = np.random.default_rng(0).normal(size=(512, 16)).astype(np.float32)
     planes = mcjax.quantize(w, 4, 128).slice(width)
-    table = tables.to_parameters(planes.tables[0], width)
+    table = tables.to_parameters(planes.tables[0])
 
     def size(name):
         other = table | {name: table[name] + tune_artifact.table_rates(0.5, width)[name]}

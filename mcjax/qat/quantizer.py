@@ -115,7 +115,7 @@ def init_quantizer(w: jax.Array, spec: QuantSpec) -> dict[str, dict[str, jax.Arr
 def from_planes(planes: BitPlanes) -> dict[str, dict[str, jax.Array]]:
     """The tables of planes as trainable parameters, see `init_quantizer`."""
     return {
-        str(k): tables_lib.to_parameters(table, k)
+        str(k): tables_lib.to_parameters(table)
         for k, table in zip(planes.widths, planes.tables, strict=True)
     }
 
