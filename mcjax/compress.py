@@ -283,7 +283,7 @@ def _run(folder, windows, lessons, directory, identity, given, batch_tokens, pro
 
     layer = lru_cache(maxsize=1)(partial(read_layer, reader))
 
-    def at(i, k):
+    def at(k, i):
         return dense_at(layer(i), first_tables(layer(i)), k)
 
     sample = sensitivity.some_of(windows, x[: len(windows)])
@@ -333,7 +333,7 @@ def _tune(
     keep, layers, tuned = (directory / name for name in (TUNING, "layers", "tuned"))
 
     def measure(state):
-        def at(i, k):
+        def at(k, i):
             return dense_at(state.layers[i], state.tables[i], k)
 
         return _measured(folder, manifest, sample, at, directory, WHEN[1], progress)

@@ -123,12 +123,12 @@ def divergence_from(decoder: Decoder, outside: Any, target: np.ndarray) -> Loss:
       outside: its parameters outside of the layers.
       target: float [N, T, D], what the other model's last layer gives.
     """
+    some = [slice(first, first + TOGETHER) for first in range(0, len(target), TOGETHER)]
+    heads = [vocabulary.head_of(decoder, outside, target[s]) for s in some]
 
     def gradient(x):
         made = np.empty_like(x)
-        for first in range(0, len(x), TOGETHER):
-            s = slice(first, first + TOGETHER)
-            norm, head = vocabulary.head_of(decoder, outside, target[s])
+        for s, (norm, head) in zip(some, heads, strict=True):
             wanted = jnp.asarray(target[s], jnp.float32)
             made[s] = _divergence_gradient(decoder, norm, head, x[s], wanted)
             made[s] *= len(wanted) / len(x)

@@ -10,7 +10,7 @@ Each term is what part i costs at k more than at k'; above the widest is the den
 and g are 0. So costs of all parts add up to what the model loses at a width, and each part is
 judged in the company it will have, other parts being at about its width: early layers, whose errors
 all later ones meet, cost several times what they do alone (ours; path-integrated gradients, as of
-Aumann and Shapley).
+Aumann and Shapley). What no derivative sees is left out: that a token changes experts.
 
 One pass through the model and back for each width measures all parts.
 """
@@ -32,14 +32,17 @@ from mcjax.models.decoder import Decoder, Layer
 from mcjax.models.language_model import embed
 from mcjax.tune_artifact import outputs
 
-WINDOWS = 32
+DENSE = 8
+"""A weight of so many bits is taken to cost nothing."""
+
+WINDOWS = 16
 """How many windows costs are measured on, at most."""
 
 TOKENS = 128
 """How many tokens of each, at most, the first."""
 
 At = Callable[[int, int], Any]
-"""From a layer's number and a width to its weights there, see `mcjax.allocate.stored_at`."""
+"""From a width and a layer's number to its weights there, see `mcjax.allocate.stored_at`."""
 
 
 class Text(NamedTuple):
@@ -88,31 +91,28 @@ def costs(
     Returns:
       By layers and parts float64 [E, widths], E 1 unless routed. A sample may have it negative.
     """
-    every = sorted({k for of_layer in stored for own in of_layer.values() for k in own})[::-1]
+    several = {k for of_layer in stored for own in of_layer.values() for k in own if k < DENSE}
+    every = sorted(several, reverse=True)
     loss = passes.divergence_from(decoder, outside, text.target)
     found = []
     for wider, k, narrower in zip([None, *every[:-1]], every, [*every[1:], None], strict=True):
         x = np.array(embed(decoder, outside, text.windows, jnp.float32))
-        own = partial(_swapped, at, k)
         visit = partial(_visit, decoder, read, at, wider, narrower)
         named = partial(progress, description=f"what {k} bits cost")
-        each = passes.there_and_back(decoder, x, own, loss, visit, batch, directory, named)
-        found.append(each)
+        found.append(
+            passes.there_and_back(decoder, x, partial(at, k), loss, visit, batch, directory, named)
+        )
 
     def of_part(i, tap, widths):
         rises = np.stack([of_width[i][0][tap] for of_width in found])
         rises[1:] += [of_width[i][1][tap] for of_width in found[:-1]]
-        total = np.cumsum(rises / 2, axis=0)
-        return np.stack([total[every.index(k)] for k in widths], axis=-1)
+        total = dict(zip(every, np.cumsum(rises / 2, axis=0), strict=True))
+        return np.stack([total.get(k, np.zeros_like(rises[0])) for k in widths], axis=-1)
 
     return [
         {tap: of_part(i, tap, widths) for tap, widths in of_layer.items()}
         for i, of_layer in enumerate(stored)
     ]
-
-
-def _swapped(at: At, k: int, i: int) -> Any:
-    return at(i, k)
 
 
 def _visit(
@@ -133,12 +133,12 @@ def _visit(
 
     def collect(batches):
         gradient = reduce(_sum, batches)
-        dense = read(i) if wider is None else at(i, wider)
+        dense = read(i) if wider is None else at(wider, i)
         rise = {tap: -change for tap, change in _inner(taps, gradient, own, dense).items()}
         del dense
         if narrower is None:
             return rise, {}
-        return rise, _inner(taps, gradient, own, at(i, narrower))
+        return rise, _inner(taps, gradient, own, at(narrower, i))
 
     paths = tuple(path for _, several in taps for path in several)
     return passes.Visit(partial(_backward, layer, decoder.norm_eps, paths, own), collect)

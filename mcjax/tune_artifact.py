@@ -15,16 +15,17 @@ setting has budgets, each shared out by that as serving does, and all widths by 
 to do without company of their own width.
 
 A step runs forward and back through the layers one by one. A layer's weights are made of its planes
-when it is their turn, so that one layer is dense at a time; beside it memory holds all planes, and
-the tables of all widths, the moments of those that train and the outputs of the last layer in
-float32. Planes never change.
+when it is its turn, there and back, so that one layer is dense at a time, unless what all of them
+need on the way back takes no more than `MOST_KEPT`. Beside that memory holds all planes, and the
+tables of all widths, the moments of those that train and the outputs of the last layer in float32.
+Planes never change.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,6 +55,12 @@ FACTOR_RATE = 0.25
 
 CLIP = 1.0
 """Greatest norm of a gradient."""
+
+HEAD_STEPS = 4
+"""Steps that share the likeliest tokens of a large vocabulary."""
+
+MOST_KEPT = 4 << 30
+"""Bytes that what layers need on the way back may take, all of them together."""
 
 KEEP_EVERY = 16
 """Steps after which what is trained is kept for a run that goes on."""
@@ -118,7 +125,13 @@ def tune_artifact(
     first = state.restore(keep)
     batch = batch_of(windows.shape[1])
     order = np.random.default_rng(0).permutation(len(windows))
-    model = Model(decoder, layers, outside)
+    model = Model(decoder, layers, outside, fits(decoder, state, batch, windows.shape[1]))
+
+    @lru_cache(maxsize=1)
+    def head(group):
+        some = np.arange(group * HEAD_STEPS * batch, (group + 1) * HEAD_STEPS * batch)
+        return vocabulary.head_of(decoder, outside, target[order[some % len(order)]])
+
     widths = sum(setting.steps for setting in every if not setting.budgets)
     for begin, end, what in ((0, widths, "tuning"), (widths, len(steps), "tuning budgets")):
         if first < end and begin == widths:
@@ -129,7 +142,8 @@ def tune_artifact(
                 state.begin(every.index(setting))
             some = order[np.arange(number * batch, (number + 1) * batch) % len(order)]
             turn = state.turns[n % len(state.turns)]
-            gradients = model.gradients(state, turn, windows[some], target[some])[1]
+            given = windows[some], target[some], head(number // HEAD_STEPS)
+            gradients = model.gradients(state, turn, *given)[1]
             state.update(gradients, setting.rate(n), turn)
             if n + 1 == setting.steps:
                 state.end()
@@ -332,30 +346,64 @@ def _square(tree: Any) -> jax.Array:
     return sum((jnp.sum(leaf**2) for leaf in jax.tree.leaves(tree)), jnp.float32(0))
 
 
+def fits(decoder: Decoder, state: State, batch: int, length: int) -> bool:
+    """Whether what all layers need on the way back takes no more than `MOST_KEPT`."""
+    own = jax.eval_shape(partial(dense_at, state.layers[-1], state.tables[-1], 1))
+    x = jax.ShapeDtypeStruct((batch, length, decoder.width), jnp.float32)
+    _, back = jax.eval_shape(partial(_forward, decoder.layers[-1], decoder.norm_eps), own, x)
+    return (
+        len(decoder.layers) * sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(back))
+        <= MOST_KEPT
+    )
+
+
 class Model(NamedTuple):
-    """The model at a setting, run layer by layer."""
+    """The model at a setting, run layer by layer.
+
+    Attributes:
+      decoder: that it is.
+      layers: its planes.
+      outside: parameters outside of them.
+      keeps: whether a layer keeps what it needs on the way back; else it runs once more then.
+    """
 
     decoder: Decoder
     layers: Sequence[Weights]
     outside: Any
+    keeps: bool
 
     def gradients(
-        self, state: State, turn: Turn, tokens: np.ndarray, target: np.ndarray
+        self, state: State, turn: Turn, tokens: np.ndarray, target: np.ndarray, head: tuple
     ) -> tuple[jax.Array, list[Tables]]:
-        """The divergence, and each layer's gradient by the tables that train."""
-        decoder = self.decoder
-        x = embed(decoder, self.outside, tokens, jnp.float32)
-        inputs = []
+        """The divergence, and each layer's gradient by the tables that train.
+
+        Args:
+          state: of the tables.
+          turn: the widths.
+          tokens: int [B, T].
+          target: float [B, T, D], what the dense model's last layer gives for them.
+          head: from `mcjax.vocabulary.head_of`.
+        """
+        decoder, eps = self.decoder, self.decoder.norm_eps
+        x: Any = embed(decoder, self.outside, tokens, jnp.float32)
+        ways_back: list[Any] = []
         for i, layer in enumerate(decoder.layers):
-            inputs.append(x)
             own = state.layer(i, turn.widths[i], turn.factors.get(i, 0))
-            x = outputs(layer, decoder.norm_eps, own, x)
-        norm, head = vocabulary.head_of(decoder, self.outside, target)
-        value, change = _divergence(decoder, norm, head, x, jnp.asarray(target))
-        gradients: list[Tables] = [{} for _ in inputs]
-        for i in reversed(range(len(inputs))):
-            own = state.layer(i, turn.widths[i], turn.factors.get(i, 0))
-            of_own, change = _backward(decoder.layers[i], decoder.norm_eps, own, inputs[i], change)
+            if self.keeps:
+                x, back = _forward(layer, eps, own, x)
+            else:
+                x, back = outputs(layer, eps, own, x), x
+            ways_back.append(back)
+        del own
+        value, change = _divergence(decoder, *head, x, jnp.asarray(target))
+        gradients: list[Tables] = [{} for _ in ways_back]
+        for i in reversed(range(len(gradients))):
+            back = ways_back.pop()
+            if self.keeps:
+                of_own, change = _way_back(back, change)
+            else:
+                own = state.layer(i, turn.widths[i], turn.factors.get(i, 0))
+                of_own, change = _backward(decoder.layers[i], eps, own, back, change)
             for path, widths in turn.widths[i].items():
                 for k in np.unique(widths).tolist():
                     if (path, k) not in state.moments[i]:
@@ -372,7 +420,7 @@ class Model(NamedTuple):
                 gradients[i][path, turn.factors[i]] = jnp.sum(
                     own_change, axis=tuple(range(own_change.ndim - 1))
                 )
-            del own, of_own
+            del of_own
         return value, gradients
 
 
@@ -389,6 +437,17 @@ def _chosen(which: jax.Array, one: Any, other: Any) -> Any:
 @jax.jit
 def _dense(planes: BitPlanes, table: Any) -> jax.Array:
     return planes.values(*tables_lib.decode_parameters(table, planes.bits))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _forward(layer: Layer, eps: float, own: Any, x: jax.Array):
+    """What a layer gives, and the way back."""
+    return jax.vjp(partial(outputs, layer, eps), own, x)
+
+
+@jax.jit
+def _way_back(back: Any, change: jax.Array):
+    return back(change)
 
 
 @jax.jit

@@ -163,9 +163,9 @@ def test_costs_are_what_was_measured(artifact):
         cost = allocate.costs(reader.manifest, part)
         measured = reader.manifest["statistics"]["parts"][part.layer][part.tap]
         assert cost.shape == np.shape(measured["cost"]) == (part.experts or 1, len(part.widths))
-        # What is measured of a wide one, a little, may be more than of a narrower one.
-        assert (cost.sum(axis=0) <= np.sum(measured["cost"], axis=0) * (1 + 1e-9)).all()
-        assert cost[:, 0].sum() == pytest.approx(np.sum(measured["cost"], axis=0)[0])
+        first = np.array(measured["cost"])[:, 0]
+        assert (cost[:, 0] >= first).all()
+        assert cost[:, 0].sum() <= first.clip(0).sum() + allocate.LEAST * first.sum()
         assert (cost > 0).all() and (np.diff(cost, axis=1) <= 0).all()
 
 
@@ -224,3 +224,20 @@ def test_widths_of_one_part_may_differ_between_layers(artifact):
     module = LanguageModel(decoder)
     got, expected = (module.apply({"params": p}, tokens) for p in (params, dense))
     np.testing.assert_allclose(got, expected, atol=2e-4)
+
+
+@pytest.mark.slow
+def test_as_many_parts_as_the_largest_models_have():
+    """58 layers of 256 experts of 3 matrices at 4 widths: by the bound of its Lagrangian dual."""
+    rng, count, budget = np.random.default_rng(0), 58 * 256 * 3, 2.5
+    scale = np.exp(rng.normal(size=(count, 1)))
+    cost = scale * np.array([1, 0.25, 0.06, 0.015]) * np.exp(0.2 * rng.normal(size=(count, 4)))
+    size = np.tile(np.arange(1, 5) * (7168 * 2048), (count, 1))
+    total = int(budget * 7168 * 2048 * count)
+    chosen = programme.share_out(cost, size, total)
+    rows = np.arange(count)
+    assert size[rows, chosen].sum() <= total
+    prices = np.geomspace(1e-3, 10, 4000)
+    bound = max((cost + p * np.arange(1, 5)).min(axis=1).sum() - p * budget * count for p in prices)
+    assert bound <= cost[rows, chosen].sum() * (1 + 1e-9)
+    assert cost[rows, chosen].sum() < bound * 1.001

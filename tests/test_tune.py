@@ -87,7 +87,8 @@ def test_a_dense_model_has_nothing_to_tune(dense):
         tune.init(dense.params)
 
 
-def test_gradients_by_layers_are_those_of_the_whole_model(artifact, dense, windows):
+@pytest.mark.parametrize("keeps", [True, False])
+def test_gradients_by_layers_are_those_of_the_whole_model(artifact, dense, windows, keeps):
     chosen = [1, 2, 3, 2, 1]
     model = mcjax.load(artifact, allocation=2 * [chosen], attention_bits=3)
     decoder, tokens = dense.module.decoder, windows[:2]
@@ -97,10 +98,11 @@ def test_gradients_by_layers_are_those_of_the_whole_model(artifact, dense, windo
     turn = schedule.turn_of(decoder, reader.manifest, widths)
     state = tune_artifact.State(layers, [schedule.Setting(2, (3,), 1)], lambda _: [turn])
     state.begin(0)
-    by_layers = tune_artifact.Model(decoder, layers, model.params)
+    by_layers = tune_artifact.Model(decoder, layers, model.params, keeps)
+    assert tune_artifact.fits(decoder, state, 2, 64)
     head = model.params["head"].astype(jnp.float32)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 64, decoder.width)), jnp.float32)
-    value, got = by_layers.gradients(state, turn, tokens, x)
+    value, got = by_layers.gradients(state, turn, tokens, x, (model.params["norm"], head))
 
     target = predict(decoder, model.params["norm"], head, x)
     tuned = tune.init(model.params, tune.small(decoder))

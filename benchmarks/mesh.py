@@ -1,0 +1,326 @@
+r"""What a model takes on a mesh: bytes of each device, and what travels for each token.
+
+    uv run python benchmarks/mesh.py --out benchmarks/results/mesh_cpu.json
+
+First a small Mixture of Experts on 1, 2, 4 and 8 virtual devices of the CPU: what the arrays of
+each device take, what its compiled program sends, and beside both what is predicted. Then the same
+predictions, by the same functions, of models that no test machine holds. Predicted bytes are those
+of the program's own shapes and shardings; the collectives of a layer follow the formulas of
+`travels`.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " " + ("--xla_force_host_platform_device_count=8")
+)
+
+import argparse
+import json
+import math
+import re
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType
+
+import mcjax
+from mcjax import sharding
+from mcjax.bitplane import BitPlanes, MixedPlanes, empty
+from mcjax.compress import compress
+from mcjax.demo import EMBEDDED
+from mcjax.hub import write
+from mcjax.models import weights
+from mcjax.models.decoder import Decoder, Heads, Routed
+from mcjax.models.families import describe
+from mcjax.models.language_model import empty_cache
+
+AXES = ("data", "expert", "model")
+SMALL = {
+    "model_type": "mixtral",
+    "vocab_size": 2048,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "head_dim": 32,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 4096,
+    "rope_theta": 1e6,
+}
+"""One layer, so that a compiled program shows each collective as often as it happens."""
+
+QWEN3_235B = {
+    "model_type": "qwen3_moe",
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "moe_intermediate_size": 1536,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 94,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "norm_topk_prob": True,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+DEEPSEEK_V3 = {
+    "model_type": "deepseek_v3",
+    "vocab_size": 129280,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "n_group": 8,
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "first_k_dense_replace": 3,
+    "moe_layer_freq": 1,
+    "num_hidden_layers": 61,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}
+LARGE = {"Qwen3-235B-A22B": QWEN3_235B, "DeepSeek-V3": DEEPSEEK_V3}
+MACHINES = {  # the mesh, bytes of a device, sequences and their tokens
+    "v5e-256": ((1, 64, 4), 16e9, 256, 4096),
+    "8 H100": ((1, 8, 1), 80e9, 32, 4096),
+}
+
+
+def main() -> None:
+    """Writes FILE.json."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    facts: dict[str, Any] = {"jax": jax.__version__, "small": measured(), "large": []}
+    for name, config in LARGE.items():
+        for machine, (shape, room, batch, length) in MACHINES.items():
+            mesh = AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * 3)
+            decoder, shared = describe(config)[1], sharding.resolve(mesh)
+            taken = predicted(decoder, shared, (2, 3), 4, batch, length, jnp.bfloat16)
+            sent = travels(decoder, shared, 2)
+            row = {"model": name, "machine": machine, "mesh": shape, "batch": batch}
+            facts["large"].append(row | {"length": length, "room": room, **taken, "sent": sent})
+            print(json.dumps(facts["large"][-1]))
+    arguments.out.write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def measured() -> list[dict[str, Any]]:
+    """Bytes of each device and of collectives of a small model, beside what is predicted."""
+    rows = []
+    with tempfile.TemporaryDirectory() as directory:
+        artifact = small_artifact(Path(directory))
+        for shape in [(1, n, 1) for n in (1, 2, 4, 8)] + [(1, 1, n) for n in (2, 4, 8)]:
+            mesh = jax.make_mesh(
+                shape,
+                AXES,
+                axis_types=(AxisType.Auto,) * 3,
+                devices=jax.devices()[: math.prod(shape)],
+            )
+            model = mcjax.load(artifact, bits=2, mesh=mesh)
+            batch, length = 8, 64
+            cache = model.module.empty_cache(batch, length)
+            tokens = np.zeros((batch, length), np.int32)
+            compiled = jax.jit(lambda m, t: m(t)).lower(model, tokens).compile()
+            shared = model.module.shared
+            own = batch * length // shared.size(*shared.batch)
+            row = {
+                "mesh": shape,
+                "weights": of_device(model.params),
+                "cache": of_device(cache),
+                "activations": compiled.memory_analysis().temp_size_in_bytes,
+                "collectives": collectives(compiled.as_text()),
+                "predicted": predicted(
+                    model.module.decoder, shared, (2,), 4, batch, length, jnp.float32
+                ),
+                "sent": {k: v * own for k, v in travels(model.module.decoder, shared, 4).items()},
+            }
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    return rows
+
+
+def small_artifact(directory: Path) -> Path:
+    """The small model of random weights as an artifact, with the embedded model's tokenizer."""
+    folder = directory / "model"
+    folder.mkdir()
+    write(folder, SMALL, weights.init(describe(SMALL)[1], jax.random.key(0)))
+    (folder / "tokenizer.json").write_bytes((EMBEDDED / "tokenizer.json").read_bytes())
+    options: dict[str, Any] = {"samples": 8, "seq_len": 128, "effort": "fast"}
+    compress(folder, directory / "artifact", EMBEDDED / "calibration.txt", **options)
+    return directory / "artifact"
+
+
+def of_device(tree: Any) -> int:
+    """Bytes that the first device holds of arrays."""
+    first = jax.devices()[0]
+    return sum(
+        shard.data.nbytes
+        for leaf in jax.tree.leaves(tree)
+        for shard in leaf.addressable_shards
+        if shard.device == first
+    )
+
+
+SIZES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "pred": 1, "u8": 1, "s8": 1}
+
+
+def collectives(program: str) -> dict[str, int]:
+    """Bytes of what each kind of collective of a compiled program gives a device."""
+    found: dict[str, int] = {}
+    kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+    for line in program.splitlines():
+        match = re.search(rf"= (.*?) ({kinds})(?:-start)?\(", line)
+        if match is None:
+            continue
+        size = sum(
+            SIZES[kind] * math.prod(int(n) for n in dims.split(",") if n)
+            for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", match[1])
+        )
+        found[match[2]] = found.get(match[2], 0) + size
+    return found
+
+
+def stacks(rows: int, shape: tuple[int, ...], widths: tuple[int, ...], devices: int) -> Any:
+    """Planes of so many weights, as many of each width, rounded up to what devices share evenly."""
+    each = -(-rows // (len(widths) * devices)) * devices
+    return tuple(empty((each, *shape), k, rotated=True) for k in widths)
+
+
+def predicted(
+    decoder: Decoder,
+    shared: sharding.Sharding,
+    widths: tuple[int, ...],
+    others: int,
+    batch: int,
+    length: int,
+    dtype: Any,
+) -> dict[str, int]:
+    """Bytes of a device.
+
+    Args:
+      decoder: the model.
+      shared: the mesh, which may be abstract.
+      widths: of experts, as many of each.
+      others: width of all other planes.
+      batch: sequences.
+      length: tokens of each that the cache has room for.
+      dtype: of the cache.
+    """
+    devices = shared.size(shared.expert)
+
+    def make():
+        params: dict[str, Any] = {}
+        for role in weights.rest(decoder):
+            weights.put(params, role.path, jnp.zeros(role.shape, jnp.bfloat16))
+        for member in weights.members(decoder):
+            count = len(member.numbers)
+            for role in weights.roles(member.layer, decoder.width):
+                if role.routed:
+                    experts = -(-role.shape[0] // devices) * devices
+                    where = jnp.zeros((count, experts), jnp.int32)
+                    held = stacks(count * experts, role.shape[-2:], widths, devices)
+                    leaf: Any = MixedPlanes(stacks=held, stack=where, slot=where)
+                elif role.tap is not None:
+                    leaf = empty((count, *role.shape), others, rotated=True)
+                else:
+                    leaf = jnp.zeros((count, *role.shape), jnp.bfloat16)
+                weights.put(params, member.path + role.path, leaf)
+        return params
+
+    params = jax.eval_shape(make)
+    where = sharding.shardings(decoder, params, shared)
+
+    def bytes_of(tree, along):
+        each = zip(jax.tree.leaves(tree), jax.tree.leaves(along), strict=True)
+        return sum(math.prod(s.shard_shape(a.shape)) * a.dtype.itemsize for a, s in each)
+
+    def planes(leaf):
+        return isinstance(leaf, BitPlanes | MixedPlanes)
+
+    split = jax.tree.leaves(params, is_leaf=planes), jax.tree.leaves(where, is_leaf=planes)
+    pairs = list(zip(*split, strict=True))
+    cache = jax.eval_shape(partial(empty_cache, decoder, batch, length, dtype))
+    specs = sharding.cache_partition(decoder, cache, shared, shared.batch_spec(batch))
+    of_cache = jax.tree.map(partial(jax.sharding.NamedSharding, shared.mesh), specs)
+    return {
+        "planes": sum(bytes_of(*pair) for pair in pairs if planes(pair[0])),
+        "other weights": sum(bytes_of(*pair) for pair in pairs if not planes(pair[0])),
+        "cache": bytes_of(cache, of_cache),
+    }
+
+
+def travels(decoder: Decoder, shared: sharding.Sharding, itemsize: int) -> dict[str, float]:
+    """Bytes that collectives give a device, for each token of its own sequences.
+
+    With D features of a token, K experts a token, n devices that share experts and m that share
+    output features, each layer of attention gathers what its heads give and the output features of
+    its products,
+
+        (H + D) (m - 1) / m,   H = heads x features of a head (all of them where heads are whole)
+
+    and each layer of experts sends K rows of D there and back, and gathers their hidden and output
+    features,
+
+        2 K D (n - 1) / n  +  K (hidden + D) (m - 1) / m
+
+    Args:
+      decoder: the model.
+      shared: the mesh.
+      itemsize: bytes of an activation.
+    """
+    n, m = shared.size(shared.expert), shared.size(shared.out)
+    gathered = exchanged = 0.0
+    for layer in decoder.layers:
+        for tap, roles in weights.by_tap(layer, decoder.width).items():
+            for role in roles:
+                if weights.OUT not in role.axes or role.shape[-1] % m:
+                    continue
+                by_heads = tap == "mixer_input" and shared.shares_heads(layer.mixer)
+                times = layer.block.routing.top_k if role.routed else 1
+                with_gate = role.path[-1] == "up"  # what both make together is gathered
+                if not by_heads and not with_gate:
+                    gathered += times * role.shape[-1]
+        if shared.shares_heads(layer.mixer) and isinstance(layer.mixer, Heads):
+            gathered += layer.mixer.heads * layer.mixer.head_dim
+        if isinstance(layer.block, Routed):
+            exchanged += 2 * layer.block.routing.top_k * decoder.width
+    return {
+        "gathered": itemsize * gathered * (m - 1) / m,
+        "exchanged": itemsize * exchanged * (n - 1) / n,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""What breaks at random: files that are read, and runs that are killed.
+
+Readers answer damage with a clear error or with what was there; a killed run that goes on ends with
+what an unbroken one writes. `uv run pytest -m slow tests/test_faults.py` does it a thousand times.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+import mcjax
+from mcjax import checkpoint
+from mcjax.hub import Folder
+
+few = pytest.param(30, id="few")
+SECONDS = 20
+"""Longer than any reading of so small a model takes: it hangs."""
+
+
+def damaged(content, rng):
+    """A file's bytes with one thing wrong."""
+    content = bytearray(content)
+    at = int(rng.integers(max(1, len(content))))
+    match rng.integers(5):
+        case 0:
+            content[at : at + 1] = [content[at] ^ (1 << int(rng.integers(8)))] if content else [1]
+        case 1:
+            run = content[at : at + 1 + int(rng.integers(64))]
+            content[at : at + len(run)] = rng.bytes(len(run))
+        case 2:
+            del content[at:]
+        case 3:
+            content[at : at + 1 + int(rng.integers(4096))] = b""
+        case 4:
+            content += rng.bytes(1 + int(rng.integers(64)))
+    return bytes(content)
+
+
+def survives(folder, files, read, rng, damage, tally):
+    """Damages one file, reads, and puts it back."""
+    file = files[int(rng.integers(len(files)))]
+    before = file.read_bytes()
+    if rng.random() < 0.1:
+        file.unlink()
+    else:
+        file.write_bytes(damage(before, rng))
+    start = time.monotonic()
+    try:
+        same = read()
+    except (ValueError, OSError) as error:
+        assert str(error).strip(), file
+        assert len(str(error)) < 2000, error
+        tally["refused"] += 1
+    else:
+        assert same, f"another result, in silence: {file.relative_to(folder)}"
+        tally["the same"] += 1
+    finally:
+        file.write_bytes(before)
+    assert time.monotonic() - start < SECONDS
+
+
+def equal(one, other):
+    return jax.tree.structure(one) == jax.tree.structure(other) and all(
+        np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True)
+    )
+
+
+@pytest.mark.parametrize("times", [few, pytest.param(1000, marks=pytest.mark.slow)])
+def test_a_damaged_artifact(artifact, tmp_path, times):
+    """Whichever of its own files it is; what it takes over from the model's folder is not its."""
+    folder = tmp_path / "artifact"
+    shutil.copytree(artifact, folder)
+    files = sorted(f for f in folder.rglob("*") if f.is_file() and not f.name.startswith("token"))
+    options = [{"bits": 3}, {"bits": 1}, {"budget": 2.0, "prune": "affine"}]
+    expected = [mcjax.load(artifact, **each) for each in options]
+    rng, tally = np.random.default_rng(times), {"refused": 0, "the same": 0}
+
+    for n in range(times):
+
+        def read(n=n):
+            model = mcjax.load(folder, **options[n % 3])
+            wanted = expected[n % 3]
+            return model.module == wanted.module and equal(model.params, wanted.params)
+
+        survives(folder, files, read, rng, damaged, tally)
+    assert tally["refused"] > times / 4, tally
+
+
+@pytest.mark.parametrize("times", [few, pytest.param(300, marks=pytest.mark.slow)])
+def test_a_damaged_folder(model_folder, tmp_path, times):
+    """Where damage can be seen: not a weight's own bytes, nor a digit of config.json."""
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    files = [folder / "config.json", *sorted(folder.glob("*.safetensors*"))]
+    expected = Folder(model_folder).read()
+
+    def damage(content, rng):
+        if content.startswith(b"{"):
+            at = int(rng.integers(len(content)))
+            cut = content[:at] + bytes([int(rng.integers(8))]) * int(rng.integers(1, 9))
+            return cut + (content[at + 8 :] if rng.random() < 0.5 else b"")
+        header = 8 + int.from_bytes(content[:8], "little")
+        made = damaged(content[:header], rng)
+        return made + content[header:] if rng.random() < 0.7 else damaged_end(content, header, rng)
+
+    rng, tally = np.random.default_rng(times), {"refused": 0, "the same": 0}
+    for _ in range(times):
+        survives(folder, files, lambda: equal(Folder(folder).read(), expected), rng, damage, tally)
+    assert tally["refused"] > times / 4, tally
+
+
+def damaged_end(content, header, rng):
+    """Weights that are too few or too many bytes."""
+    if rng.random() < 0.5:
+        return content[: int(rng.integers(header, len(content)))]
+    return content + rng.bytes(1 + int(rng.integers(64)))
+
+
+COMMAND = ("--calibration", "{text}", "--samples", "8", "--seq-len", "64", "--max-bits", "2")
+
+
+def command(folder, text, out, *more):
+    options = [each.format(text=text) for each in COMMAND]
+    script = (
+        "from mcjax import cli, schedule; schedule.STEPS = {1: 4, 2: 4}; schedule.MIXED_STEPS = 4; "
+        "schedule.MOST_TIMES = 1; import sys; sys.argv[0] = 'mcjax'; cli.program()"
+    )
+    return [sys.executable, "-c", script, "compress", folder, out, *options, *more]
+
+
+def run_killed(arguments, seconds):
+    """Runs a command and kills it after so long; whether it ended by itself."""
+    process = subprocess.Popen(
+        list(map(str, arguments)),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+    try:
+        _, said = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        return False
+    assert process.returncode == 0, said[-2000:]
+    return True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("effort", ["normal", "best"])
+def test_killed_at_random(model_folder, text_file, tmp_path, effort):
+    """Twenty times, anywhere in quantising, measuring, tuning and saving."""
+    options = ("--effort", effort)
+    assert run_killed(command(model_folder, text_file, tmp_path / "whole", *options), 900)
+    rng, out = np.random.default_rng(0), tmp_path / "broken"
+    again = command(model_folder, text_file, out, *options, "--resume")
+    kills = 0
+    while kills < 20 and not run_killed(again, rng.uniform(4, 20)):
+        kills += 1
+        assert not out.exists()
+    if not out.exists():
+        assert run_killed(again, 900)
+    assert kills > 2
+    expected, got = (checkpoint.ArtifactReader(tmp_path / name) for name in ("whole", "broken"))
+    assert got.manifest == expected.manifest
+    checkpoint.verify(got)
+    assert not list(tmp_path.glob(".*"))
