@@ -24,7 +24,7 @@ import re
 import tempfile
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -112,9 +112,31 @@ DEEPSEEK_V3 = {
     "tie_word_embeddings": False,
 }
 LARGE = {"Qwen3-235B-A22B": QWEN3_235B, "DeepSeek-V3": DEEPSEEK_V3}
-MACHINES = {  # the mesh, bytes of a device, sequences and their tokens
-    "v5e-256": ((1, 64, 4), 16e9, 256, 4096),
-    "8 H100": ((1, 8, 1), 80e9, 32, 4096),
+
+
+class Machine(NamedTuple):
+    """A mesh of devices, by their makers' figures.
+
+    Attributes:
+      shape: of the mesh, its axes `AXES`.
+      room: bytes of a device's memory.
+      memory: bytes a second from it.
+      links: bytes a second that reach a device from others.
+      batch: sequences that are served at once.
+      length: tokens of each.
+    """
+
+    shape: tuple[int, int, int]
+    room: float
+    memory: float
+    links: float
+    batch: int
+    length: int
+
+
+MACHINES = {
+    "v5e-256": Machine((1, 64, 4), 16e9, 819e9, 200e9, 256, 4096),
+    "8 H100": Machine((1, 8, 1), 80e9, 3.35e12, 450e9, 32, 4096),
 }
 
 
@@ -125,14 +147,18 @@ def main() -> None:
     arguments = parser.parse_args()
     facts: dict[str, Any] = {"jax": jax.__version__, "small": measured(), "large": []}
     for name, config in LARGE.items():
-        for machine, (shape, room, batch, length) in MACHINES.items():
-            mesh = AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * 3)
+        for named, machine in MACHINES.items():
+            mesh = AbstractMesh(machine.shape, AXES, axis_types=(AxisType.Auto,) * 3)
             decoder, shared = describe(config)[1], sharding.resolve(mesh)
-            taken = predicted(decoder, shared, (2, 3), 4, batch, length, jnp.bfloat16)
+            room = machine.batch, machine.length
+            taken = predicted(decoder, shared, (2, 3), 4, *room, jnp.bfloat16)
             sent = travels(decoder, shared, 2)
-            row = {"model": name, "machine": machine, "mesh": shape, "batch": batch}
-            facts["large"].append(row | {"length": length, "room": room, **taken, "sent": sent})
-            print(json.dumps(facts["large"][-1]))
+            own = machine.batch / shared.size(*shared.batch)
+            read, sending = sum(taken.values()) / machine.memory, own * sum(sent.values())
+            row = {"model": name, "machine": named, **machine._asdict(), **taken, "sent": sent}
+            row["seconds"] = {"memory": read, "links": sending / machine.links}
+            facts["large"].append(row)
+            print(json.dumps(row), flush=True)
     arguments.out.write_text(json.dumps(facts, indent=1) + "\n")
 
 
@@ -288,7 +314,9 @@ def travels(decoder: Decoder, shared: sharding.Sharding, itemsize: int) -> dict[
     output features, each layer of attention gathers what its heads give and the output features of
     its products,
 
-        (H + D) (m - 1) / m,   H = heads x features of a head (all of them where heads are whole)
+        (H + D) (m - 1) / m,   H = heads x features of a head
+
+    (H being those of queries, keys and values where heads are not shared out)
 
     and each layer of experts sends K rows of D there and back, and gathers their hidden and output
     features,

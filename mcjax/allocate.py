@@ -130,7 +130,7 @@ def nearest(decoder: Decoder, manifest: Mapping[str, Any], widths: Widths) -> di
 
 
 def stored_at(stored: Sequence[int], k: int) -> int:
-    """The width of a weight where all are to have k bits: the widest up to k that is stored."""
+    """A weight's width where all are to have k bits: the widest stored up to k, else the least."""
     return max((own for own in stored if own <= k), default=min(stored))
 
 
@@ -191,7 +191,7 @@ def _programme(mine, manifest, stored, in_bytes) -> tuple[list[np.ndarray], list
 
 
 LEAST = 0.25
-"""Of what its squared error suggests that an expert costs, what it is taken to cost at least."""
+"""An expert costs at least this share of what its squared error suggests."""
 
 
 def costs(manifest: Mapping[str, Any], part: Part) -> np.ndarray:
@@ -206,7 +206,8 @@ def costs(manifest: Mapping[str, Any], part: Part) -> np.ndarray:
     if part.experts:
         squared = np.maximum(np.array(measured["squared"], np.float64), 0) + 1e-30
         cost = np.maximum(cost, LEAST * cost.sum(axis=0) * squared / squared.sum(axis=0))
-    return np.minimum.accumulate(np.maximum(cost, 1e-15), axis=1)
+    # What a width is measured to cost a wider one may not: then the narrower one costs that too.
+    return np.maximum.accumulate(np.maximum(cost, 1e-15)[:, ::-1], axis=1)[:, ::-1]
 
 
 def statistics(manifest: Mapping[str, Any], most: int) -> pmq.ExpertStatistics:

@@ -152,6 +152,7 @@ def compress(
         "rotated": True,
         "effort": effort,
         "importance": importance.MEASURE,
+        "costs": sensitivity.MEASURE,
         "attention_widths": list(ATTENTION_WIDTHS),
         "calibration": {
             "file": Path(calibration).name,
@@ -180,7 +181,7 @@ def compress(
         manifest, sample, target = _run(folder, windows, lessons, *options)
         _copy_beside(folder.path, partial_out)
         if lessons is not None:
-            given = folder, sample, lessons, target
+            given = folder, sample, lessons, target, batch_tokens
             manifest = _tune(partial_out, manifest, plan, given, progress)
         checkpoint.write_manifest(partial_out, manifest)
         for name in (TUNING, importance.KEPT, *(COSTS.format(when) for when in WHEN)):
@@ -281,13 +282,18 @@ def _run(folder, windows, lessons, directory, identity, given, batch_tokens, pro
     checkpoint.write_manifest(directory, manifest)
     reader = checkpoint.ArtifactReader(directory)
 
-    layer = lru_cache(maxsize=1)(partial(read_layer, reader))
+    @lru_cache(maxsize=1)
+    def layer(i):
+        own = read_layer(reader, i)
+        return own, first_tables(own)
 
     def at(k, i):
-        return dense_at(layer(i), first_tables(layer(i)), k)
+        own, tables = layer(i)
+        return dense_at(own, tables, k)
 
     sample = sensitivity.some_of(windows, x[: len(windows)])
-    manifest = _measured(folder, manifest, sample, at, directory, WHEN[0], progress)
+    where = batch_tokens, directory, WHEN[0]
+    manifest = _measured(folder, manifest, sample, at, *where, progress)
     return manifest, sample, x[len(windows) :].copy()
 
 
@@ -296,6 +302,7 @@ def _measured(
     manifest: dict[str, Any],
     sample: sensitivity.Text,
     at: sensitivity.At,
+    batch_tokens: int,
     directory: Path,
     when: str,
     progress: Callable[..., Any],
@@ -307,7 +314,7 @@ def _measured(
         for part in allocate.parts(decoder, manifest):
             stored[part.layer][part.tap] = part.widths
         outside, read = folder.read_rest(), partial(_read_dense, folder)
-        batch = max(1, BATCH_TOKENS // sample.windows.shape[1])
+        batch = max(1, batch_tokens // sample.windows.shape[1])
         found = sensitivity.costs(
             decoder, stored, outside, read, at, sample, batch, directory, progress
         )
@@ -327,7 +334,7 @@ def _tune(
 
     The layers as they were stay beside those written anew until all of these are there.
     """
-    folder, sample, lessons, target = given
+    folder, sample, lessons, target, batch_tokens = given
     checkpoint.write_manifest(directory, manifest)
     reader = checkpoint.ArtifactReader(directory)
     keep, layers, tuned = (directory / name for name in (TUNING, "layers", "tuned"))
@@ -336,7 +343,8 @@ def _tune(
         def at(k, i):
             return dense_at(state.layers[i], state.tables[i], k)
 
-        return _measured(folder, manifest, sample, at, directory, WHEN[1], progress)
+        where = batch_tokens, directory, WHEN[1]
+        return _measured(folder, manifest, sample, at, *where, progress)
 
     tables, manifest = tune_artifact(reader, plan, lessons, target, keep, measure, progress)
     shutil.rmtree(tuned, ignore_errors=True)

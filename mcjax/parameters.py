@@ -342,6 +342,8 @@ class _Change(NamedTuple):
             origins = {}
             for source, rows in old.counts.items():
                 both = (self.after == k) & (self.before == source)
+                if not both.any():
+                    continue
                 origins[source] = np.full(count, -1, np.int32)
                 origins[source][new.row[both]] = old.row[both] % (rows // self.devices)
             name, lacking = self.role.name, np.argwhere((self.after == k) & (self.before != k))
@@ -354,26 +356,34 @@ class _Change(NamedTuple):
                     for p in range(self.before[e], k)
                 ],
                 (count, k, *of_plane),
-                np.empty(of_plane, np.uint32),
+                jax.ShapeDtypeStruct(of_plane, np.uint32),
             )
             table = self._made(
-                [(sources[k].tables[0], origins[k])] if k in sources else [],
+                [(sources[k].tables[0], origins[k])] if k in origins else [],
                 [(e, f"{name}.table_{k}", (r,)) for e, r in each],
                 (count, num_rows(k), *of_row),
-                np.empty((num_rows(k), *of_row), np.uint8),
+                jax.ShapeDtypeStruct((num_rows(k), *of_row), np.uint8),
             )
             stacks.append(replace(held.stacks[0], planes=planes, tables=(table,), widths=(k,)))
         placed: Any = [self._placed(array, None, self.row_axis) for array in (new.stack, new.slot)]
         return MixedPlanes(stacks=tuple(stacks), stack=placed[0], slot=placed[1])
 
-    def _made(self, sources, lacking, shape, chunk: np.ndarray) -> jax.Array:
-        """An array of `shape` of rows of sources, and of chunks that are read: (e, leaf, where)."""
+    def _made(self, sources, lacking, shape, chunk: jax.ShapeDtypeStruct) -> jax.Array:
+        """An array of rows that are held and of chunks that are read.
+
+        Args:
+          sources: pairs of an array that is held, and for each new row the row there that it is,
+            negative if none.
+          lacking: of each chunk the weight's place in `after`, the leaf's name, and where it goes.
+          shape: of the array, all devices' rows together.
+          chunk: what a chunk is like.
+        """
         count, columns = shape[0] // self.devices, self._column_axis(shape[-1])
         by_device: list[list] = [[] for _ in range(self.devices)]
         for e, leaf, (row, *rest) in lacking:
             by_device[row // count].append((e, leaf, (row % count, *rest)))
         most = max(map(len, by_device))
-        at = np.full((self.devices, most, len(shape) - chunk.ndim), count, np.int32)
+        at = np.full((self.devices, most, len(shape) - len(chunk.shape)), count, np.int32)
         values = np.zeros((self.devices, most, *chunk.shape), chunk.dtype)
         for d, mine in enumerate(by_device):
             if mine and (self.spread is None or self.spread.local(*mine[0][0])):
@@ -381,8 +391,8 @@ class _Change(NamedTuple):
                     (f"layers/{self.layers[e[0]]}", leaf, e[1] if len(e) > 1 else None)
                     for e, leaf, _ in mine
                 ]
-                at[d, : len(mine)] = [where for _, _, where in mine]
-                values[d, : len(mine)] = np.stack(self.reader.read(requests))
+                for n, value in enumerate(self.reader.read(requests)):
+                    at[d, n], values[d, n] = mine[n][2], value
         return _rows_together(
             [source for source, _ in sources],
             [self._placed(origin, self.row_axis) for _, origin in sources],

@@ -15,12 +15,12 @@ import numpy as np
 
 from mcjax import vocabulary
 from mcjax.models.decoder import Decoder
-from mcjax.tune_artifact import outputs
+from mcjax.tune_artifact import divergence_and_gradient, outputs
 
 TOGETHER = 8
 """Windows that share the likeliest tokens of a large vocabulary, see `mcjax.vocabulary`."""
 
-Loss = Callable[[np.ndarray], np.ndarray]
+LossGradient = Callable[[np.ndarray], np.ndarray]
 """From what the last layer gives, float32 [N, T, D], to a loss's gradient by it."""
 
 
@@ -30,7 +30,8 @@ class Visit(NamedTuple):
     Attributes:
       backward: from what goes into the layer and the gradient by what it gives, [B, T, D], to the
         gradient by what goes in, and what is wanted of that batch.
-      collect: from these, one batch after another, to what is found.
+      collect: from an iterable of what is wanted of each batch, all of which it must consume since
+        that runs the layer, to what is found at the layer.
     """
 
     backward: Callable[[jax.Array, jax.Array], tuple[jax.Array, Any]]
@@ -41,7 +42,7 @@ def there_and_back(
     decoder: Decoder,
     x: np.ndarray,
     read: Callable[[int], Any],
-    loss: Loss,
+    loss: LossGradient,
     visit: Callable[[int, Any], Visit],
     batch: int,
     directory: Path,
@@ -55,7 +56,7 @@ def there_and_back(
       decoder: the model.
       x: what goes into the first layer, float32 [N, T, D]; changed.
       read: gives the dense weights of layer i.
-      loss: of what the last layer gives.
+      loss: the gradient of one.
       visit: from a layer's number and its weights to what visits it.
       batch: windows computed at once.
       directory: for what lies there.
@@ -76,6 +77,7 @@ def there_and_back(
                 x[s] = outputs(decoder.layers[i], decoder.norm_eps, own, x[s])
             if i + 1 == count:
                 x[...] = loss(x)
+            del own
             continue
         backward, collect = visit(i, own)
 
@@ -92,7 +94,7 @@ def there_and_back(
     return found
 
 
-def own_predictions(decoder: Decoder, outside: Any) -> Loss:
+def own_predictions(decoder: Decoder, outside: Any) -> LossGradient:
     """The negative log-likelihood of labels drawn from the model's own predictions, one a token.
 
     Its gradients' outer products are, on average, the Fisher information: what a small change does
@@ -115,7 +117,7 @@ def own_predictions(decoder: Decoder, outside: Any) -> Loss:
     return gradient
 
 
-def divergence_from(decoder: Decoder, outside: Any, target: np.ndarray) -> Loss:
+def divergence_from(decoder: Decoder, outside: Any, target: np.ndarray) -> LossGradient:
     """The mean divergence of predictions from those of another model, nats a token.
 
     Args:
@@ -130,8 +132,8 @@ def divergence_from(decoder: Decoder, outside: Any, target: np.ndarray) -> Loss:
         made = np.empty_like(x)
         for s, (norm, head) in zip(some, heads, strict=True):
             wanted = jnp.asarray(target[s], jnp.float32)
-            made[s] = _divergence_gradient(decoder, norm, head, x[s], wanted)
-            made[s] *= len(wanted) / len(x)
+            change = divergence_and_gradient(decoder, norm, head, x[s], wanted)[1]
+            made[s] = change * (len(wanted) / len(x))
         return made
 
     return gradient
@@ -146,8 +148,3 @@ def _drawn_gradient(decoder: Decoder, norm, head, key, x):
         return -jnp.sum(jnp.take_along_axis(likely, labels[..., None], axis=-1))
 
     return jax.grad(loss)(x)
-
-
-@partial(jax.jit, static_argnums=0)
-def _divergence_gradient(decoder: Decoder, norm, head, x, target):
-    return jax.grad(partial(vocabulary.divergence, decoder, norm, head))(x, target)

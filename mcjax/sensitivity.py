@@ -10,7 +10,8 @@ Each term is what part i costs at k more than at k'; above the widest is the den
 and g are 0. So costs of all parts add up to what the model loses at a width, and each part is
 judged in the company it will have, other parts being at about its width: early layers, whose errors
 all later ones meet, cost several times what they do alone (ours; path-integrated gradients, as of
-Aumann and Shapley). What no derivative sees is left out: that a token changes experts.
+Aumann and Shapley). Left out is what no derivative sees, that a token changes experts, and what
+the factors of norms and routers do that tuning stores for each width.
 
 One pass through the model and back for each width measures all parts.
 """
@@ -26,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mcjax import passes
+from mcjax import passes, text
 from mcjax.models import weights
 from mcjax.models.decoder import Decoder, Layer
 from mcjax.models.language_model import embed
@@ -42,7 +43,11 @@ TOKENS = 128
 """How many tokens of each, at most, the first."""
 
 At = Callable[[int, int], Any]
-"""From a width and a layer's number to its weights there, see `mcjax.allocate.stored_at`."""
+"""From a width and a layer's number to the layer's dense weights at that width, each as
+`mcjax.allocate.stored_at` says."""
+
+MEASURE = "divergence along widths"
+"""What an artifact's manifest calls it."""
 
 
 class Text(NamedTuple):
@@ -59,8 +64,7 @@ class Text(NamedTuple):
 
 def some_of(windows: np.ndarray, target: np.ndarray) -> Text:
     """At most `WINDOWS` of many windows, spread evenly, and `TOKENS` of each."""
-    some = np.linspace(0, len(windows) - 1, min(WINDOWS, len(windows))).astype(int)
-    return Text(windows[some, :TOKENS], target[some, :TOKENS])
+    return Text(*(text.spread(each, WINDOWS)[:, :TOKENS].copy() for each in (windows, target)))
 
 
 def costs(
@@ -69,7 +73,7 @@ def costs(
     outside: Any,
     read: Callable[[int], Any],
     at: At,
-    text: Text,
+    sample: Text,
     batch: int,
     directory: Path,
     progress: Callable[..., Any],
@@ -82,7 +86,7 @@ def costs(
       outside: parameters outside of the layers.
       read: gives the dense weights of layer i.
       at: gives them at a width.
-      text: on which it is measured.
+      sample: of text, on which it is measured.
       batch: windows computed at once.
       directory: where layers' inputs lie meanwhile.
       progress: wraps the iterations over layers, there and back, called with (items,
@@ -93,10 +97,10 @@ def costs(
     """
     several = {k for of_layer in stored for own in of_layer.values() for k in own if k < DENSE}
     every = sorted(several, reverse=True)
-    loss = passes.divergence_from(decoder, outside, text.target)
+    loss = passes.divergence_from(decoder, outside, sample.target)
     found = []
     for wider, k, narrower in zip([None, *every[:-1]], every, [*every[1:], None], strict=True):
-        x = np.array(embed(decoder, outside, text.windows, jnp.float32))
+        x = np.array(embed(decoder, outside, sample.windows, jnp.float32))
         visit = partial(_visit, decoder, read, at, wider, narrower)
         named = partial(progress, description=f"what {k} bits cost")
         found.append(

@@ -188,14 +188,6 @@ def refuse_adapters(params: Any) -> None:
         )
 
 
-def refuse_mesh(module: Any) -> None:
-    """Raises ValueError if a model is shared out, for what would read further planes for it."""
-    if module.shared is not None:
-        raise ValueError(
-            "the model is on a mesh, where its places are those of its widths: load it anew instead"
-        )
-
-
 def _checked(tokens: Any, vocab_size: int) -> Any:
     """Tokens as an array, checked as far as they are concrete and on this host."""
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tokens)):

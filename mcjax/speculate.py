@@ -28,7 +28,7 @@ from mcjax.models.language_model import LanguageModel
 from mcjax.models.recurrent import Recurrent
 from mcjax.ops import choice, device
 from mcjax.sampling import Sampling, allowed, filter_logits, sample
-from mcjax.serving import Model, refuse_adapters, refuse_mesh
+from mcjax.serving import Model, refuse_adapters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,8 @@ def self_draft(model: Model, bits: int, length: int = 4) -> Draft:
         the draft would differ in nothing else, or the length is below 1.
     """
     refuse_adapters(model.params)
-    refuse_mesh(model.module)
+    if model.module.shared is not None:
+        raise ValueError("the model is on a mesh, where drafts of the same planes are not made yet")
     reader = checkpoint.ArtifactReader(model.path, "model")
     stored = tuple(reader.manifest["statistics"]["bits"])
     if bits not in stored:

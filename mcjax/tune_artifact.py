@@ -125,7 +125,7 @@ def tune_artifact(
     first = state.restore(keep)
     batch = batch_of(windows.shape[1])
     order = np.random.default_rng(0).permutation(len(windows))
-    model = Model(decoder, layers, outside, fits(decoder, state, batch, windows.shape[1]))
+    model = Model(decoder, outside, fits(decoder, state, batch, windows.shape[1]))
 
     @lru_cache(maxsize=1)
     def head(group):
@@ -210,7 +210,7 @@ def dense(
 def dense_at(layer: Weights, tables: Tables, k: int) -> dict[str, Any]:
     """A layer's weights where all are to have k bits, see `mcjax.allocate.stored_at`."""
     own = {path: stored_at(planes.widths, k) for path, planes in layer.planes.items()}
-    factor = own[min(layer.budgeted or own)]
+    factor = own[min(layer.budgeted or own)]  # of a layer with neither, which has no factors
     return dense(layer, tables, {path: np.array(width) for path, width in own.items()}, factor)
 
 
@@ -348,27 +348,25 @@ def _square(tree: Any) -> jax.Array:
 
 def fits(decoder: Decoder, state: State, batch: int, length: int) -> bool:
     """Whether what all layers need on the way back takes no more than `MOST_KEPT`."""
-    own = jax.eval_shape(partial(dense_at, state.layers[-1], state.tables[-1], 1))
-    x = jax.ShapeDtypeStruct((batch, length, decoder.width), jnp.float32)
-    _, back = jax.eval_shape(partial(_forward, decoder.layers[-1], decoder.norm_eps), own, x)
-    return (
-        len(decoder.layers) * sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(back))
-        <= MOST_KEPT
-    )
+    x, each = jax.ShapeDtypeStruct((batch, length, decoder.width), jnp.float32), {}
+    for layer, held, tables in zip(decoder.layers, state.layers, state.tables, strict=True):
+        if layer not in each:
+            own = jax.eval_shape(partial(dense_at, held, tables, 1))
+            _, back = jax.eval_shape(partial(_forward, layer, decoder.norm_eps), own, x)
+            each[layer] = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(back))
+    return sum(each[layer] for layer in decoder.layers) <= MOST_KEPT
 
 
 class Model(NamedTuple):
     """The model at a setting, run layer by layer.
 
     Attributes:
-      decoder: that it is.
-      layers: its planes.
-      outside: parameters outside of them.
+      decoder: its description.
+      outside: parameters outside of the layers.
       keeps: whether a layer keeps what it needs on the way back; else it runs once more then.
     """
 
     decoder: Decoder
-    layers: Sequence[Weights]
     outside: Any
     keeps: bool
 
@@ -395,28 +393,28 @@ class Model(NamedTuple):
                 x, back = outputs(layer, eps, own, x), x
             ways_back.append(back)
         del own
-        value, change = _divergence(decoder, *head, x, jnp.asarray(target))
+        value, change = divergence_and_gradient(decoder, *head, x, jnp.asarray(target))
         gradients: list[Tables] = [{} for _ in ways_back]
         for i in reversed(range(len(gradients))):
             back = ways_back.pop()
-            if self.keeps:
-                of_own, change = _way_back(back, change)
-            else:
+            if not self.keeps:
                 own = state.layer(i, turn.widths[i], turn.factors.get(i, 0))
-                of_own, change = _backward(decoder.layers[i], eps, own, back, change)
+                _, back = _forward(decoder.layers[i], eps, own, back)
+            of_own, change = _way_back(back, change)
+            del back
             for path, widths in turn.widths[i].items():
                 for k in np.unique(widths).tolist():
                     if (path, k) not in state.moments[i]:
                         continue
                     gradient = _table_gradient(
-                        self.layers[i].planes[path].slice(k),
+                        state.layers[i].planes[path].slice(k),
                         state.tables[i][path, k],
                         weights.get(of_own, path),
                     )
                     nothing = jax.tree.map(jnp.zeros_like, gradient)
                     gradients[i][path, k] = _chosen(widths == k, gradient, nothing)
-            for path in self.layers[i].corrected:
-                own_change = weights.get(of_own, path) * self.layers[i].rest[path]
+            for path in state.layers[i].corrected:
+                own_change = weights.get(of_own, path) * state.layers[i].rest[path]
                 gradients[i][path, turn.factors[i]] = jnp.sum(
                     own_change, axis=tuple(range(own_change.ndim - 1))
                 )
@@ -462,13 +460,8 @@ def outputs(layer: Layer, eps: float, own: Any, x: jax.Array) -> jax.Array:
     return run_layer(layer, own, x, context, None, eps)[0]
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _backward(layer: Layer, eps: float, own: Any, x: jax.Array, change: jax.Array):
-    return jax.vjp(partial(outputs, layer, eps), own, x)[1](change)
-
-
 @partial(jax.jit, static_argnums=0)
-def _divergence(decoder: Decoder, norm, head, x, target):
+def divergence_and_gradient(decoder: Decoder, norm, head, x, target):
     """`mcjax.vocabulary.divergence` and its gradient by x."""
     measure = partial(vocabulary.divergence, decoder, norm, head)
     return jax.value_and_grad(measure)(x, target)

@@ -80,7 +80,7 @@ def found(folder, every, tokens, parts, tmp_path_factory):
         lambda i: at(None, i),
         at,
         text,
-        24,
+        6,
         directory,
         lambda items, description: items,
     )
@@ -137,6 +137,13 @@ def test_costs_add_up_to_what_is_lost(folder, every, parts, found):
             for part in parts
         )
         assert together == pytest.approx(lost, rel=0.15), k
+
+
+def test_a_narrow_width_costs_what_a_wider_one_does(parts):
+    part = next(part for part in parts if not part.experts)._replace(layer=0, widths=(2, 3, 4, 8))
+    measured = [{part.tap: {"cost": [[-0.5, 0.25, -0.125, 0.0]]}}]
+    got = allocate.costs({"statistics": {"parts": measured}}, part)
+    np.testing.assert_array_equal(got, [[0.25, 0.25, 1e-15, 1e-15]])
 
 
 def test_what_no_token_met_is_not_free(parts):

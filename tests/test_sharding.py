@@ -136,7 +136,8 @@ def test_rows_find_their_experts(ragged):
             n = jnp.arange(len(operand))
             for device in range(len(going)):
                 at = there[device, mine] + n
-                at = jnp.where(n < count[device, mine], at, len(output))
+                some = jnp.minimum(count[device, mine], coming[device])
+                at = jnp.where(n < some, at, len(output))
                 sent = rows[device][jnp.minimum(first[device, mine] + n, len(n) - 1)]
                 output = output.at[at].set(sent, mode="drop")
             return output
@@ -265,7 +266,14 @@ def test_two_processes(artifact, tmp_path):
         for shard in logits.addressable_shards:
             np.save(f"{sys.argv[4]}/{shard.index[0].start}.npy", shard.data)
         made = generate(model.module, model.params, [[1, 2, 3], [4, 5], [6], [7, 8]], 4)
-        print(json.dumps([np.stack(list(made)).tolist(), model.bytes_read, model.average_bits]))
+        said = [np.stack(list(made)).tolist(), model.bytes_read, model.average_bits]
+        for precision in {"budget": 1.5}, {"bits": 3}:
+            model = model.refine(**precision)
+            logits = model(np.arange(40).reshape(4, 10) % 300)
+            for shard in logits.addressable_shards:
+                name = f"{model.average_bits:g}_{shard.index[0].start}"
+                np.save(f"{sys.argv[4]}/{name}.npy", shard.data)
+        print(json.dumps([*said, model.bytes_read]))
     """
     program = textwrap.dedent(BEGIN).replace("=8", "=2") + textwrap.dedent(program)
     port = free_port()
@@ -284,6 +292,11 @@ def test_two_processes(artifact, tmp_path):
     expected = np.asarray(one(np.arange(40).reshape(4, 10) % 300))
     for n in range(4):
         np.testing.assert_allclose(np.load(tmp_path / f"{n}.npy")[0], expected[n], atol=2e-5)
+        for precision in {"budget": 1.5}, {"bits": 3}:
+            refined = one.refine(**precision)
+            got = np.load(tmp_path / f"{refined.average_bits:g}_{n}.npy")[0]
+            tokens = np.arange(40).reshape(4, 10) % 300
+            np.testing.assert_allclose(got, np.asarray(refined(tokens))[n], atol=2e-5)
     written = generate(one.module, one.params, [[1, 2, 3], [4, 5], [6], [7, 8]], 4)
     written = np.stack(list(written)).tolist()
     found = [json.loads(words.splitlines()[-1]) for words, _ in said]
@@ -293,6 +306,8 @@ def test_two_processes(artifact, tmp_path):
     others = one.bytes_read - experts
     assert sum(each[1] for each in found) == experts + 2 * others
     assert max(each[1] for each in found) < 0.65 * experts + others
+    more = one.refine(budget=1.5).refine(bits=3)
+    assert sum(each[3] - each[1] for each in found) == more.bytes_read - one.bytes_read
 
 
 def free_port():

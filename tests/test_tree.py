@@ -421,6 +421,10 @@ def test_bad_input(tmp_path, artifact):
     gone = {"layer": params["layer"] | {"kernel": params["layer"]["kernel"].at[0, 0].set(jnp.nan)}}
     for message, call in [
         ("there is no batch", lambda: tree.watch(function, params, [])),
+        (
+            r"kernel multiplies NaN or infinite values, as \d of \d weights do",
+            lambda: tree.watch(function, params, [x * np.nan]),
+        ),
         ("decide no leaf", lambda: tree.shrink(params, watched, [tree.Rule(pattern="q")])),
         ("is another tree", lambda: tree.shrink({"kernel": weight(3, 3)}, watched)),
         ("layer/kernel: w holds 1 NaN", lambda: tree.shrink(gone, watched)),

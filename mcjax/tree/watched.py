@@ -124,7 +124,8 @@ def watch(
       `Watched` of every leaf by its path, such as "encoder/layer_0/kernel".
 
     Raises:
-      ValueError: if there is no batch, or a leaf is quantised by qwix.
+      ValueError: if there is no batch, a weight meets NaN or infinite inputs, or a leaf is
+        quantised by qwix.
     """
     refused = [n for n, leaf in zip(*named(params, is_qwix)[:2], strict=True) if is_qwix(leaf)]
     if refused:
@@ -155,6 +156,12 @@ def watch(
         count += 1
     if not count:
         raise ValueError("there is no batch to watch the function on")
+    finite = jax.device_get({n: jnp.isfinite(g).all() for n, g in total.found.items()})
+    if unusable := [name for name in names if not finite.get(name, True)]:
+        raise ValueError(
+            f"{unusable[0]} multiplies NaN or infinite values, as {len(unusable)} of "
+            f"{len(finite)} weights do: look at the batches, or at what the function makes of them"
+        )
     return {
         name: Watched(seen.get(name), total.found.get(name), tuple(sorted(uses.get(name, ()))))
         for name in names
