@@ -81,8 +81,8 @@ QUICKLY_COMPILED = {
 }
 """Files about how parts fit together, most of whose time is compiling: there, and in the processes
 that they start, LLVM optimises little, and XLA on CPU emits fusions in its older way, which takes
-half the time. Products, notebooks and the demo, which quantises a model and compares it, are
-compiled as users have them."""
+half the time. Products, what JAX transforms them into, and meshes are compiled as users have
+them."""
 
 EMITTERS = "xla_cpu_use_fusion_emitters"
 
