@@ -311,12 +311,10 @@ def travels(decoder: Decoder, shared: sharding.Sharding, itemsize: int) -> dict[
     """Bytes that collectives give a device, for each token of its own sequences.
 
     With D features of a token, K experts a token, n devices that share experts and m that share
-    output features, each layer of attention gathers what its heads give and the output features of
-    its products,
+    output features, each layer of attention gathers the output features of its products, and what
+    its heads give where these are shared out,
 
-        (H + D) (m - 1) / m,   H = heads x features of a head
-
-    (H being those of queries, keys and values where heads are not shared out)
+        (queries, keys and values + H + D) (m - 1) / m,   H = heads x features of a head
 
     and each layer of experts sends K rows of D there and back, and gathers their hidden and output
     features,
@@ -331,14 +329,13 @@ def travels(decoder: Decoder, shared: sharding.Sharding, itemsize: int) -> dict[
     n, m = shared.size(shared.expert), shared.size(shared.out)
     gathered = exchanged = 0.0
     for layer in decoder.layers:
-        for tap, roles in weights.by_tap(layer, decoder.width).items():
+        for roles in weights.by_tap(layer, decoder.width).values():
             for role in roles:
                 if weights.OUT not in role.axes or role.shape[-1] % m:
                     continue
-                by_heads = tap == "mixer_input" and shared.shares_heads(layer.mixer)
                 times = layer.block.routing.top_k if role.routed else 1
                 with_gate = role.path[-1] == "up"  # what both make together is gathered
-                if not by_heads and not with_gate:
+                if not with_gate:
                     gathered += times * role.shape[-1]
         if shared.shares_heads(layer.mixer) and isinstance(layer.mixer, Heads):
             gathered += layer.mixer.heads * layer.mixer.head_dim
