@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mcjax import allocate, checkpoint, odp, parameters, programme, sharding
+from mcjax import allocate, checkpoint, odp, parameters, programme, refine, sharding
 from mcjax.bitplane import BitPlanes, MixedPlanes
 from mcjax.hub import Folder, local
 from mcjax.models import weights
@@ -165,7 +165,7 @@ class Model:
             parts = allocate.parts(reader.decoder, reader.manifest)
             wanted |= {(p.layer, p.tap): held[p.layer, p.tap] for p in parts if not p.budgeted}
         shared = self.module.shared
-        params = parameters.refine_layers(reader, self.params, wanted, shared)
+        params = refine.refine_layers(reader, self.params, wanted, shared)
         return replace(
             self,
             params=params,
