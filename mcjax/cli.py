@@ -168,6 +168,9 @@ def _bench(arguments: argparse.Namespace) -> None:
 
 def _compress(arguments: argparse.Namespace) -> None:
     from mcjax.compress import compress, coverage
+    from mcjax.forecast import sparing
+    from mcjax.job import prepare
+    from mcjax.programme import Bytes, parse
 
     group_size = None
     if arguments.group_size != "auto":
@@ -177,18 +180,33 @@ def _compress(arguments: argparse.Namespace) -> None:
             raise ValueError(
                 f"--group-size must be a number or auto, got {arguments.group_size!r}"
             ) from None
+    options = {
+        "max_bits": arguments.max_bits,
+        "group_size": group_size,
+        "samples": arguments.samples,
+        "seq_len": arguments.seq_len,
+        "effort": arguments.effort,
+        "bos": arguments.bos,
+    }
+    memory = None
+    if arguments.memory is not None:
+        size = parse(arguments.memory)
+        if not isinstance(size, Bytes):
+            raise ValueError(f"--memory must be a size such as 6GB, got {arguments.memory!r}")
+        memory = size.limit
+    spare = memory is not None or arguments.dry_run
+    progress = sparing(_progress) if spare else _progress
+    if arguments.dry_run:
+        _foretell(prepare(arguments.model, arguments.calibration, **options), memory, progress)
+        return
     manifest = compress(
         arguments.model,
         arguments.out,
         arguments.calibration,
-        max_bits=arguments.max_bits,
-        group_size=group_size,
-        samples=arguments.samples,
-        seq_len=arguments.seq_len,
-        effort=arguments.effort,
-        bos=arguments.bos,
+        memory=memory,
         resume=arguments.resume,
-        progress=_progress,
+        progress=progress,
+        **options,
     )
     made_of = manifest["calibration"]
     print(
@@ -204,6 +222,29 @@ def _compress(arguments: argparse.Namespace) -> None:
     print(
         f"{arguments.out}: widths {manifest['statistics']['bits']}, "
         f"{_size(_directory_bytes(Path(arguments.out)))}"
+    )
+
+
+def _foretell(job: Any, memory: int | None, progress: Any) -> None:
+    """Prints what a job would take."""
+    from rich.table import Table
+
+    from mcjax.forecast import forecast, within
+
+    if memory is not None:
+        job = within(job, memory)
+    found = forecast(job, progress=progress)
+    table = Table("stage", "memory", "minutes", title="what it would take here, about")
+    for stage in found.stages:
+        size = _size(found.process + stage.bytes)
+        table.add_row(stage.name, size, f"{stage.seconds / 60:.1f}")
+    table.add_section()
+    table.add_row("at most, and in all", _size(found.memory), f"{found.seconds / 60:.1f}")
+    console = _console([table])
+    console.print(
+        f"memory: {_size(found.process)} of it for the process itself, and more if freed memory "
+        f"is kept, as it is without --memory\ndisk: {_size(found.disk)} while it runs, "
+        f"{_size(found.artifact)} for the artifact"
     )
 
 

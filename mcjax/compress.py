@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -16,20 +15,18 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from mcjax import allocate, checkpoint, importance, sensitivity, text
-from mcjax.atomic import whole
-from mcjax.bitplane import BitPlanes, resolve_group_size
+from mcjax import allocate, checkpoint, importance, passes, sensitivity
+from mcjax.bitplane import BitPlanes
 from mcjax.calibrate import Seen, observe
-from mcjax.hub import Folder, local, read_json
+from mcjax.forecast import within
+from mcjax.hub import Folder, read_json
+from mcjax.job import Job, prepare
 from mcjax.models import weights
 from mcjax.models.decoder import Decoder
 from mcjax.models.families import describe
-from mcjax.models.language_model import embed
-from mcjax.notes import note
-from mcjax.quantize_layer import ATTENTION_WIDTHS, Options, quantize_layer
-from mcjax.schedule import Setting, settings, windows_wanted
-from mcjax.serving import ATTENTION_BITS
+from mcjax.quantize_layer import quantize_layer
 from mcjax.tune_artifact import dense_at, first_tables, outputs, read_layer, tune_artifact
+from mcjax.work import Work, write_json
 
 TRAVELS = (
     "tokenizer.json",
@@ -41,28 +38,11 @@ TRAVELS = (
 )
 """Files that an artifact takes over from the folder it is made of."""
 
-BATCH_TOKENS = 4096
-"""About how many tokens are computed at once."""
-
 RARE_SHARE = 0.1
 """An expert is rare if it gets less than this share of the tokens that an even split would give."""
 
-EFFORTS = {"fast": 1, "normal": 6, "thorough": 15, "best": 6}
-"""Rounds of descent after the GPTQ pass, see `mcjax.quantize`. The best effort then tunes tables,
-see `mcjax.tune_artifact`."""
-
-TUNED = "best"
-
-TUNING = "tuning.npz"
-"""What an interrupted tuning goes on from."""
-
-COSTS = "costs_{}.json"
-"""What parts cost, before tuning and after."""
-
 WHEN = ("compressed", "tuned")
-
-UNTUNED = "untuned"
-"""Where layers are from which tuning began, once those that it wrote have taken their place."""
+"""When it is measured what parts cost."""
 
 
 def compress(
@@ -70,44 +50,35 @@ def compress(
     out: str | Path,
     calibration: str | Path,
     *,
-    max_bits: int = 4,
-    group_size: int | None = None,
-    samples: int = 128,
-    seq_len: int = 2048,
-    effort: str = "normal",
-    bos: str = "auto",
+    memory: int | None = None,
     resume: bool = False,
     experts: Sequence[Mapping[str, BitPlanes]] | None = None,
-    batch_tokens: int = BATCH_TOKENS,
     progress: Callable[..., Any] = lambda items, **_: items,
+    **options: Any,
 ) -> dict[str, Any]:
     """Compresses a language model into one artifact that serves every width up to `max_bits`.
 
     The model runs over the calibration windows and back, for the importance of each token, see
-    `mcjax.importance`, whose inputs of layers lie beside `out` meanwhile: 2 bytes for each window's
-    tokens, features and layers. Then the layers run once more with their own weights; each is
-    quantised on the inputs it sees there and saved before the next is read, so memory holds one
-    layer. The best effort then trains tables, for which it holds all planes, see
-    `mcjax.tune_artifact`. What is written is beside `out` until it is whole.
+    `mcjax.importance`. Then the layers run once more with their own weights; each is quantised on
+    the inputs it sees there and saved before the next is read, so memory holds one layer. What
+    tokens are between layers lies in files beside `out` meanwhile. The best effort then trains
+    tables, for which it holds all planes, see `mcjax.tune_artifact`. What all this takes
+    `mcjax.forecast` says. What is written is beside `out` until it is whole.
 
     Args:
       model: a Hugging Face folder, or a name on the hub, see `mcjax.hub.local`.
       out: the artifact to write; must not exist.
       calibration: a text, see `mcjax.documents.read_documents`.
-      max_bits: planes of each expert weight.
-      group_size: input features that share a table entry, None for each weight's default.
-      samples: calibration windows, spread evenly over the text.
-      seq_len: tokens in a window; more than the model's positions become those, with a note.
-      effort: one of `EFFORTS`, time for quality.
-      bos: whether windows begin with the beginning-of-sequence token, see `mcjax.text.BOS`.
-      resume: go on from layers that an interrupted run with the same inputs left behind, and keep
-        those finished if this one is interrupted.
+      memory: bytes that it may take; less is worked on at once to keep to them, see
+        `mcjax.forecast.within`. None for the usual.
+      resume: go on from where an interrupted run with the same inputs was, and keep what is done
+        if this one is interrupted.
       experts: planes of each layer's `gate`, `up` and `down` that were made otherwise, by once-QAT
         for instance, rotated and with a table for each width up to `max_bits`; None quantises the
         model's.
-      batch_tokens: about how many calibration tokens are computed at once.
       progress: wraps the iterations over layers, and that over steps of tuning, called with (items,
         description=...).
+      **options: `max_bits`, `effort` and others, see `mcjax.job.prepare`.
 
     Returns:
       The artifact's manifest.
@@ -121,82 +92,30 @@ def compress(
         raise ValueError(f"{out} exists; remove it or choose another place")
     if not out.parent.is_dir():
         raise ValueError(f"{out.parent} is not a folder")
-    if not 1 <= max_bits <= 8:
-        raise ValueError(f"--max-bits must be 1 to 8, got {max_bits}")
-    if effort not in EFFORTS:
-        raise ValueError(f"--effort must be one of {', '.join(EFFORTS)}, got {effort!r}")
-    folder = Folder(local(model))
-    decoder = folder.decoder
-    for layer in set(decoder.layers):
-        for role in weights.roles(layer, decoder.width):
-            if role.tap is not None:
-                resolve_group_size(role.shape[-2], group_size)
-    if seq_len > decoder.max_position_embeddings:
-        note(
-            f"calibrating on windows of {decoder.max_position_embeddings} tokens, all the "
-            f"positions that the model has, not of {seq_len}"
-        )
-        seq_len = decoder.max_position_embeddings
-    ends = decoder.eos_token_ids
-    tokens = text.encode_file(folder.tokenizer_path, calibration, decoder.vocab_size, ends)
-    begin = text.beginning(folder.tokenizer_path, decoder.vocab_size, bos)
-    every = text.windows(tokens, seq_len, "calibration text", begin)
-    windows, lessons = text.spread(every, samples), None
-
-    identity = {
-        "format_version": checkpoint.FORMAT_VERSION,
-        "source_sha256": folder.source_hash(),
-        "config": folder.values,
-        "max_bits": max_bits,
-        "group_size": group_size,
-        "rotated": True,
-        "effort": effort,
-        "importance": importance.MEASURE,
-        "costs": sensitivity.MEASURE,
-        "attention_widths": list(ATTENTION_WIDTHS),
-        "calibration": {
-            "file": Path(calibration).name,
-            "windows": len(windows),
-            "window_tokens": seq_len,
-            "crc32": checkpoint.crc32(windows),
-        },
-    }
-    plan: Sequence[Setting] = ()
-    if effort == TUNED:
-        plan = settings(decoder, range(1, max_bits + 1), ATTENTION_WIDTHS, ATTENTION_BITS)
-        lessons = text.spread(every, windows_wanted(plan, seq_len))
-        identity["tuning"] = {
-            "windows": len(lessons),
-            "crc32": checkpoint.crc32(lessons),
-            "settings": [list(setting) for setting in plan],
-        }
+    job = prepare(model, calibration, **options)
+    if memory is not None:
+        job = within(job, memory)
     if experts is not None:
-        _check_experts(experts, decoder, max_bits)
+        _check_experts(experts, job.folder.decoder, job.how.max_bits)
         leaves = jax.tree.leaves(list(experts))
-        identity["experts_crc32"] = [checkpoint.crc32(np.asarray(leaf)) for leaf in leaves]
-    partial_out = out.parent / f".{out.name}.partial"
-    _prepare(partial_out, identity, resume)
+        sums = [checkpoint.crc32(np.asarray(leaf)) for leaf in leaves]
+        job = job._replace(identity={**job.identity, "experts_crc32": sums})
+    work = Work.of(out)
+    work.prepare(job.identity, resume)
     try:
-        options = partial_out, identity, experts, batch_tokens, progress
-        manifest, sample, target = _run(folder, windows, lessons, *options)
-        _copy_beside(folder.path, partial_out)
-        if lessons is not None:
-            given = folder, sample, lessons, target, batch_tokens
-            manifest = _tune(partial_out, manifest, plan, given, progress)
-        checkpoint.write_manifest(partial_out, manifest)
-        for name in (TUNING, importance.KEPT, *(COSTS.format(when) for when in WHEN)):
-            (partial_out / name).unlink(missing_ok=True)
-        for i in range(len(decoder.layers)):
-            (partial_out / f"layer_{i}.json").unlink()
-        shutil.rmtree(partial_out / UNTUNED, ignore_errors=True)
-        (partial_out / "identity.json").unlink()
-        os.replace(partial_out, out)
+        manifest, sample, target = _run(job, work, experts, progress)
+        _copy_beside(job.folder.path, work.out)
+        if job.plan:
+            manifest = _tune(job, work, manifest, sample, target, progress)
+        checkpoint.write_manifest(work.out, manifest)
+        os.replace(work.out, out)
     except BaseException as error:
         if not resume:
-            shutil.rmtree(partial_out, ignore_errors=True)
+            work.clear()
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise OSError(f"no space left to write {out}") from error
         raise
+    work.clear()
     return manifest
 
 
@@ -232,43 +151,37 @@ def _check_experts(experts, decoder: Decoder, max_bits: int) -> None:
                 )
 
 
-def _run(folder, windows, lessons, directory, identity, given, batch_tokens, progress):
-    """Works through the layers, skipping those already saved.
+def _run(job: Job, work: Work, given, progress):
+    """Works through the layers, from the first that is not saved.
 
     Returns:
       The manifest, some of the windows, see `mcjax.sensitivity`, and what the dense model's last
-      layer gives for `lessons`, float32 [N, T, D].
+      layer gives for those to tune on, float32 [N, T, D].
     """
-    decoder = folder.decoder
-    outside = folder.read_rest()
-    rest_sums = checkpoint.save_tree(directory / "rest", _narrow(outside), ())
-    batch = max(1, min(len(windows), batch_tokens // windows.shape[1]))
-
-    dense = partial(_read_dense, folder)
-    matter = importance.measure(decoder, outside, dense, windows, batch, directory, progress)
-    tokens = windows if lessons is None else np.concatenate([windows, lessons])
-    x = np.array(embed(decoder, outside, tokens, jnp.float32))
-    del outside
-    places = weights.budgeted_layers(decoder)
-    how = Options(
-        identity["max_bits"],
-        identity["group_size"],
-        identity["rotated"],
-        EFFORTS[identity["effort"]],
-    )
-    records = []
-    for i in progress(range(len(decoder.layers)), description="layers"):
-        given_here = given[places.index(i)] if given is not None and i in places else None
-        options = len(windows), batch, directory, how, given_here
-        x = _one_layer(folder, i, x, matter[i], *options)
-        records.append(read_json(directory / f"layer_{i}.json"))
-    outside = folder.read_rest()
+    folder, windows = job.folder, job.windows
+    decoder, outside = folder.decoder, folder.read_rest()
+    rest_sums = checkpoint.save_tree(work.out / "rest", _narrow(outside), ())
     plain = sum(leaf.nbytes for leaf in jax.tree.leaves(_narrow(outside)))
+    dense, where = partial(_read_dense, folder), work.beside / "importance"
+    matter = importance.measure(decoder, outside, dense, windows, job.batch, where, progress)
+    places = weights.budgeted_layers(decoder)
+    count = len(decoder.layers)
+    first = next((i for i in range(count) if not work.record(i).exists()), count)
+    if not work.entering(first).exists():
+        tokens = np.concatenate([windows, job.lessons])
+        passes.embed_all(decoder, outside, tokens, job.batch, work.entering(0))
+    del outside
+    for i in progress(range(count), description="layers"):
+        if i >= first:
+            given_here = given[places.index(i)] if given is not None and i in places else None
+            _one_layer(job, i, work, passes.read_found(matter[i]), given_here)
+    records = [read_json(work.record(i)) for i in range(count)]
+    x = np.load(work.entering(count), mmap_mode="r")
     names = ("frequency", "routing_weight", "error", "ratio", "slope")
     manifest = {
-        **identity,
+        **job.identity,
         "statistics": {
-            "bits": list(range(1, identity["max_bits"] + 1)),
+            "bits": list(range(1, job.how.max_bits + 1)),
             **{name: [r[name] for r in records if name in r] for name in names},
             "parts": [record["parts"] for record in records],
             "plain_bytes": plain + sum(record["plain_bytes"] for record in records),
@@ -279,8 +192,8 @@ def _run(folder, windows, lessons, directory, identity, given, batch_tokens, pro
             **{f"layers/{i}": record["checksums"] for i, record in enumerate(records)},
         },
     }
-    checkpoint.write_manifest(directory, manifest)
-    reader = checkpoint.ArtifactReader(directory)
+    checkpoint.write_manifest(work.out, manifest)
+    reader = checkpoint.ArtifactReader(work.out)
 
     @lru_cache(maxsize=1)
     def layer(i):
@@ -292,33 +205,33 @@ def _run(folder, windows, lessons, directory, identity, given, batch_tokens, pro
         return dense_at(own, tables, k)
 
     sample = sensitivity.some_of(windows, x[: len(windows)])
-    where = batch_tokens, directory, WHEN[0]
-    manifest = _measured(folder, manifest, sample, at, *where, progress)
-    return manifest, sample, x[len(windows) :].copy()
+    manifest = _measured(job, manifest, sample, at, work, WHEN[0], progress)
+    return manifest, sample, x[len(windows) :]
 
 
 def _measured(
-    folder: Folder,
+    job: Job,
     manifest: dict[str, Any],
     sample: sensitivity.Text,
     at: sensitivity.At,
-    batch_tokens: int,
-    directory: Path,
+    work: Work,
     when: str,
     progress: Callable[..., Any],
 ) -> dict[str, Any]:
     """The manifest with what parts cost, measured unless that is there already."""
-    decoder, file = folder.decoder, directory / COSTS.format(when)
+    folder, file = job.folder, work.costs(when)
+    decoder = folder.decoder
     if not file.exists():
         stored: list[dict[str, tuple[int, ...]]] = [{} for _ in decoder.layers]
         for part in allocate.parts(decoder, manifest):
             stored[part.layer][part.tap] = part.widths
         outside, read = folder.read_rest(), partial(_read_dense, folder)
-        batch = max(1, batch_tokens // sample.windows.shape[1])
+        batch = max(1, job.batch_tokens // sample.windows.shape[1])
+        where = file.with_suffix("")
         found = sensitivity.costs(
-            decoder, stored, outside, read, at, sample, batch, directory, progress
+            decoder, stored, outside, read, at, sample, batch, where, progress
         )
-        _write_json(file, {"layers": jax.tree.map(np.ndarray.tolist, found)})
+        write_json(file, {"layers": jax.tree.map(np.ndarray.tolist, found)})
     statistics, kept = manifest["statistics"], read_json(file)["layers"]
     parts = [
         {tap: part | {"cost": costs[tap]} for tap, part in of_layer.items()}
@@ -328,32 +241,36 @@ def _measured(
 
 
 def _tune(
-    directory: Path, manifest: dict[str, Any], plan: Sequence[Setting], given: tuple, progress
+    job: Job,
+    work: Work,
+    manifest: dict[str, Any],
+    sample: sensitivity.Text,
+    target: np.ndarray,
+    progress: Callable[..., Any],
 ) -> dict[str, Any]:
     """Trains the tables of an artifact that is whole but for its place; its manifest as it is now.
 
     The layers as they were stay beside those written anew until all of these are there.
     """
-    folder, sample, lessons, target, batch_tokens = given
-    checkpoint.write_manifest(directory, manifest)
-    reader = checkpoint.ArtifactReader(directory)
-    keep, layers, tuned = (directory / name for name in (TUNING, "layers", "tuned"))
+    checkpoint.write_manifest(work.out, manifest)
+    reader = checkpoint.ArtifactReader(work.out)
+    layers, tuned = work.out / "layers", work.beside / "tuned"
 
     def measure(state):
         def at(k, i):
             return dense_at(state.layers[i], state.tables[i], k)
 
-        where = batch_tokens, directory, WHEN[1]
-        return _measured(folder, manifest, sample, at, *where, progress)
+        return _measured(job, manifest, sample, at, work, WHEN[1], progress)
 
-    tables, manifest = tune_artifact(reader, plan, lessons, target, keep, measure, progress)
+    arguments = job.plan, job.lessons, target, work.tuning, measure, progress
+    tables, manifest = tune_artifact(reader, *arguments)
     shutil.rmtree(tuned, ignore_errors=True)
     tuned.mkdir()
     sums = dict(manifest["checksums"])
     for i, of_layer in enumerate(tables):
         leaves = reader.read_all(f"layers/{i}") | of_layer
         sums[f"layers/{i}"] = checkpoint.save_tree(tuned / str(i), leaves, checkpoint.BY_EXPERT)
-    layers.rename(directory / UNTUNED)
+    layers.rename(work.untuned)
     tuned.rename(layers)
     kept, bits = manifest["statistics"], manifest["statistics"]["bits"]
     factors = sum(v.nbytes for of in tables for name, v in of.items() if ".factor_" in name)
@@ -361,39 +278,28 @@ def _tune(
     return {**manifest, "checksums": sums, "statistics": kept}
 
 
-def _one_layer(
-    folder,
-    i: int,
-    x: np.ndarray,
-    matter: importance.Importance,
-    watched: int,
-    batch: int,
-    directory: Path,
-    how: Options,
-    given,
-):
-    """Saves a layer unless it is there; its output for all windows."""
-    decoder = folder.decoder
-    stored = _stored(folder, i)
-    own = _dense(stored)
-    done = directory / f"layer_{i}.json"
-    y, grams, seen = _observe(decoder, i, own, x, matter, 0 if done.exists() else watched, batch)
-    if done.exists():
-        return y
-    shutil.rmtree(directory / "layers" / str(i), ignore_errors=True)
-    record, planes = quantize_layer(decoder, decoder.layers[i], own, grams, seen, how, given)
-    del own
-    tree = _narrow(stored)
+def _one_layer(job: Job, i: int, work: Work, matter: importance.Importance, given) -> None:
+    """Saves a layer, and its output for all windows."""
+    folder, directory = job.folder, work.out / "layers" / str(i)
+    decoder, own = folder.decoder, _read_dense(folder, i)
+    shutil.rmtree(work.seen, ignore_errors=True)
+    work.seen.mkdir()
+    x = np.load(work.entering(i), mmap_mode="r")
+    with passes.written(work.entering(i + 1), x.shape, np.float32) as y:
+        grams, seen = _observe(job, i, own, x, y, matter, work.seen)
+    shutil.rmtree(directory, ignore_errors=True)
+    record, planes = quantize_layer(decoder, decoder.layers[i], own, grams, seen, job.how, given)
+    del own, grams, seen
+    tree = _narrow(_stored(folder, i))
     plain = (r for r in weights.roles(decoder.layers[i], decoder.width) if r.tap is None)
     record["plain_bytes"] = sum(weights.get(tree, role.path).nbytes for role in plain)
     for path, value in planes.items():
         weights.put(tree, path, value)
-    (directory / "layers").mkdir(exist_ok=True)
-    record["checksums"] = checkpoint.save_tree(
-        directory / "layers" / str(i), tree, checkpoint.BY_EXPERT
-    )
-    _write_json(done, record)
-    return y
+    directory.parent.mkdir(exist_ok=True)
+    record["checksums"] = checkpoint.save_tree(directory, tree, checkpoint.BY_EXPERT)
+    write_json(work.record(i), record)
+    work.entering(i).unlink()
+    shutil.rmtree(work.seen)
 
 
 def _stored(folder, i: int) -> dict[str, Any]:
@@ -405,53 +311,40 @@ def _stored(folder, i: int) -> dict[str, Any]:
     return stored
 
 
-def _read_dense(folder, i: int) -> Any:
-    return _dense(_stored(folder, i))
+def _read_dense(folder: Folder, i: int) -> Any:
+    """A layer's weights in float32."""
+    own: dict[str, Any] = {}
+    for name, value in folder.read_layer(i):
+        weights.put(own, tuple(name.split(".")), jnp.asarray(value, jnp.float32))
+    folder.unmap()
+    return own
 
 
-def _dense(stored: Any) -> Any:
-    return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), stored)
+def _observe(job: Job, i: int, own, x, y, matter: importance.Importance, inputs: Path):
+    """Puts a layer's output for all windows into y; sums over those to calibrate on, and `Seen`.
 
-
-def _observe(decoder: Decoder, i: int, own: Any, x: np.ndarray, matter, watched: int, batch: int):
-    """A layer's output for all windows, and sums and what experts see of the first `watched`."""
+    What goes into the layer's experts lies in files of the folder `inputs`.
+    """
+    decoder, batch, watched = job.folder.decoder, job.batch, len(job.windows)
     layer, eps = decoder.layers[i], decoder.norm_eps
-    y, grams, batches = np.empty_like(x), None, []
+    grams, batches = None, []
     for start in range(0, watched, batch):
         some = slice(start, min(start + batch, watched))
         mine = {name: value[some] for name, value in matter.items()}
         y[some], of_batch, seen = observe(layer, decoder.width, eps, own, x[some], mine)
-        grams = of_batch if grams is None else jax.tree.map(jnp.add, grams, of_batch)
-        batches.append(Seen(*map(np.asarray, seen)))
+        grams = of_batch if grams is None else _sum(grams, of_batch)
+        np.save(inputs / f"{start}.npy", seen.x)
+        rows = np.load(inputs / f"{start}.npy", mmap_mode="r")
+        batches.append(Seen(rows, *map(np.asarray, seen[1:])))
     for start in range(watched, len(x), batch):
         some = slice(start, start + batch)
         y[some] = outputs(layer, eps, own, x[some])
-    return y, grams, batches
+    return grams, batches
 
 
-def _prepare(directory: Path, identity: dict[str, Any], resume: bool) -> None:
-    """Makes the working folder: empty, or with only finished layers if it is to be resumed."""
-    mark = directory / "identity.json"
-    if resume and mark.exists():
-        if read_json(mark) != json.loads(json.dumps(identity)):
-            raise ValueError(
-                f"{directory} was left by a run with another model, text or options; "
-                "remove it or run without --resume"
-            )
-        shutil.rmtree(directory / "rest", ignore_errors=True)
-        if (directory / UNTUNED).exists():
-            shutil.rmtree(directory / "layers", ignore_errors=True)
-            (directory / UNTUNED).rename(directory / "layers")
-        return
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir()
-    _write_json(mark, identity)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    """Writes JSON so that the file is there whole or not at all."""
-    with whole(path) as aside:
-        aside.write_text(json.dumps(value))
+@partial(jax.jit, donate_argnums=0)
+def _sum(a: Any, b: Any) -> Any:
+    return jax.tree.map(jnp.add, a, b)
 
 
 def _narrow(tree: Any) -> Any:

@@ -25,14 +25,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mcjax.atomic import whole
 from mcjax.models import weights
 from mcjax.models.attention import Context
 from mcjax.models.decoder import Decoder, Layer, Routed
-from mcjax.models.language_model import embed, run_layer
+from mcjax.models.language_model import run_layer
 from mcjax.models.weights import Role
 from mcjax.ops import Shifted
-from mcjax.passes import Visit, own_predictions, there_and_back
+from mcjax.passes import Found, Visit, own_predictions, there_and_back
 
 GROUPS = 4
 """Groups of a product's output features that have an importance of their own, at most."""
@@ -40,13 +39,10 @@ GROUPS = 4
 MEASURE = "gradient size"
 """What an artifact's manifest calls it."""
 
-KEPT = "importance.npz"
-"""Where what was measured is kept until all layers are done."""
-
 ABSORBED = "latent"
 """The tap of weights that no product has on its own; its tokens count as the mixer's inputs do."""
 
-Importance = dict[str, np.ndarray]
+Importance = Found
 """By the names of weights, and `weights.EXPERTS` for what routed experts give together, float16
 [N, T, groups]."""
 
@@ -69,7 +65,7 @@ def measure(
     batch: int,
     directory: Path,
     progress: Callable[..., Any],
-) -> list[Importance]:
+) -> list[Path]:
     """The importance of every token of calibration windows, layer by layer.
 
     Args:
@@ -80,10 +76,10 @@ def measure(
       batch: windows computed at once.
       directory: where what is found is kept, and found again by a later call.
       progress: wraps the iteration over both passes' layers, called with (items, description=...).
+
+    Returns:
+      For each layer the file of its `Importance`, see `mcjax.passes.read_found`.
     """
-    keep = directory / KEPT
-    if keep.exists():
-        return _restore(keep, len(decoder.layers))
 
     def collect(batches):
         each = [jax.tree.map(np.asarray, of_batch) for of_batch in batches]
@@ -92,12 +88,9 @@ def measure(
     def visit(i, own):
         return Visit(partial(_backward, decoder.layers[i], decoder.norm_eps, own), collect)
 
-    x = np.array(embed(decoder, outside, windows, jnp.float32))
     loss = own_predictions(decoder, outside)
     named = partial(progress, description="importance of tokens")
-    found = there_and_back(decoder, x, read, loss, visit, batch, directory, named)
-    _save(keep, found)
-    return found
+    return there_and_back(decoder, outside, windows, read, loss, visit, batch, directory, named)
 
 
 def _scaled(importance: np.ndarray) -> np.ndarray:
@@ -105,21 +98,6 @@ def _scaled(importance: np.ndarray) -> np.ndarray:
     # Of what nothing comes, no token is more important than another.
     scaled = np.where(mean > 0, importance / np.where(mean > 0, mean, 1), 1)
     return np.clip(scaled, 1e-4, 6e4).astype(np.float16)
-
-
-def _save(file: Path, found: list[Importance]) -> None:
-    arrays = {f"{i}/{name}": value for i, of in enumerate(found) for name, value in of.items()}
-    with whole(file) as aside, open(aside, "wb") as stream:
-        np.savez(stream, allow_pickle=False, **arrays)
-
-
-def _restore(file: Path, count: int) -> list[Importance]:
-    found: list[Importance] = [{} for _ in range(count)]
-    with np.load(file) as held:
-        for key in held.files:
-            i, name = key.split("/")
-            found[int(i)][name] = held[key]
-    return found
 
 
 def products(layer: Layer, width: int) -> Iterator[Role]:

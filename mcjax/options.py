@@ -109,7 +109,19 @@ def _compress(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "--resume",
         action="store_true",
-        help="go on from finished layers of an interrupted run, and keep them if interrupted",
+        help="go on from where an interrupted run was, and keep what is done if interrupted",
+    )
+    command.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help="take no more memory than this, 6GB for instance: less is worked on at once, which "
+        "takes longer; refused if the least is more",
+    )
+    command.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="write nothing: say what memory, disk and time it would take here, from what XLA "
+        "makes of each kind of layer and how long one takes",
     )
     _add_bos(command)
     _add_cache(command)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,14 +15,20 @@ import ml_dtypes
 import numpy as np
 
 from mcjax import vocabulary
+from mcjax.atomic import whole
 from mcjax.models.decoder import Decoder
+from mcjax.models.language_model import embed
 from mcjax.tune_artifact import divergence_and_gradient, outputs
 
 TOGETHER = 8
 """Windows that share the likeliest tokens of a large vocabulary, see `mcjax.vocabulary`."""
 
-LossGradient = Callable[[np.ndarray], np.ndarray]
-"""From what the last layer gives, float32 [N, T, D], to a loss's gradient by it."""
+LossGradient = Callable[[np.ndarray, np.ndarray], None]
+"""From what the last layer gives, float32 [N, T, D], to a loss's gradient by it, which is put into
+the second array."""
+
+Found = Mapping[str, np.ndarray]
+"""What was found at a layer."""
 
 
 class Visit(NamedTuple):
@@ -35,63 +42,121 @@ class Visit(NamedTuple):
     """
 
     backward: Callable[[jax.Array, jax.Array], tuple[jax.Array, Any]]
-    collect: Callable[[Iterable[Any]], Any]
+    collect: Callable[[Iterable[Any]], Found]
 
 
 def there_and_back(
     decoder: Decoder,
-    x: np.ndarray,
+    outside: Any,
+    windows: np.ndarray,
     read: Callable[[int], Any],
     loss: LossGradient,
     visit: Callable[[int, Any], Visit],
     batch: int,
     directory: Path,
     progress: Callable[[Iterable[int]], Iterable[int]],
-) -> list[Any]:
-    """What visiting each layer on the way back finds, by layers.
+) -> list[Path]:
+    """Visits each layer on the way back, and keeps what that finds.
 
-    Layers' inputs lie in `directory` in bfloat16 from the one way to the other.
+    Layers' inputs lie in `directory` in bfloat16 from the one way to the other, and what goes on to
+    the next layer in float32, so a run that is interrupted goes on from the last whole layer.
 
     Args:
       decoder: the model.
-      x: what goes into the first layer, float32 [N, T, D]; changed.
+      outside: its parameters outside of the layers.
+      windows: tokens int [N, T].
       read: gives the dense weights of layer i.
       loss: the gradient of one.
       visit: from a layer's number and its weights to what visits it.
       batch: windows computed at once.
-      directory: for what lies there.
+      directory: where all this lies; made if it is missing.
       progress: wraps the iteration over layers, there and back.
-    """
-    inputs = directory / "inputs"
-    shutil.rmtree(inputs, ignore_errors=True)
-    inputs.mkdir()
-    some = [slice(first, first + batch) for first in range(0, len(x), batch)]
-    count = len(decoder.layers)
-    found: list[Any] = [None] * count
-    for step in progress(range(2 * count)):
-        i = step if step < count else 2 * count - 1 - step
-        own, file = read(i), inputs / f"{i}.npy"
-        if step < count:
-            np.save(file, x.astype(ml_dtypes.bfloat16).view(np.uint16))
-            for s in some:
-                x[s] = outputs(decoder.layers[i], decoder.norm_eps, own, x[s])
-            if i + 1 == count:
-                x[...] = loss(x)
-            del own
-            continue
-        backward, collect = visit(i, own)
 
-        def batches(file=file, backward=backward):
-            kept = np.load(file).view(ml_dtypes.bfloat16)
+    Returns:
+      For each layer the file of what was found, see `read_found`.
+    """
+    count = len(decoder.layers)
+    found = [directory / f"found_{i}.npz" for i in range(count)]
+    directory.mkdir(parents=True, exist_ok=True)
+    some = [slice(first, first + batch) for first in range(0, len(windows), batch)]
+
+    def arriving(step):
+        return directory / f"arriving_{step}.npy"
+
+    def going_in(i):
+        return directory / f"going_in_{i}.npy"
+
+    def one_step(step, x, after):
+        i = step if step < count else 2 * count - 1 - step
+        own = read(i)
+        if step < count:
+            with written(going_in(i), x.shape, np.uint16) as kept:
+                for s in some:
+                    kept[s] = x[s].astype(ml_dtypes.bfloat16).view(np.uint16)
             for s in some:
-                x[s], wanted = backward(jnp.asarray(kept[s], jnp.float32), jnp.asarray(x[s]))
+                after[s] = outputs(decoder.layers[i], decoder.norm_eps, own, x[s])
+            return
+        backward, collect = visit(i, own)
+        kept = np.load(going_in(i), mmap_mode="r").view(ml_dtypes.bfloat16)
+
+        def batches():
+            for s in some:
+                given = jnp.asarray(kept[s], jnp.float32), jnp.asarray(x[s])
+                after[s], wanted = backward(*given)
                 yield wanted
 
-        found[i] = collect(batches())
-        del own, backward, collect, batches
-        file.unlink()
-    inputs.rmdir()
+        values = collect(batches())
+        with whole(found[i]) as aside:
+            np.savez(aside, allow_pickle=False, **values)
+
+    begun = [step for step in range(2 * count + 1) if arriving(step).exists()]
+    if not begun:
+        if all(file.exists() for file in found):
+            return found
+        embed_all(decoder, outside, windows, batch, arriving(0))
+        begun = [0]
+    for step in progress(range(2 * count)):
+        if step < begun[-1]:
+            continue
+        x = np.load(arriving(step), mmap_mode="r")
+        with written(arriving(step + 1), x.shape, np.float32) as after:
+            one_step(step, x, after)
+            if step + 1 == count:
+                loss(after, after)
+        arriving(step).unlink()
+        if step >= count:
+            going_in(2 * count - 1 - step).unlink()
+    arriving(2 * count).unlink()
     return found
+
+
+def read_found(file: Path) -> dict[str, np.ndarray]:
+    """What was found at a layer, by name."""
+    with np.load(file) as held:
+        return {name: held[name] for name in held.files}
+
+
+@contextmanager
+def written(path: Path, shape: tuple[int, ...], dtype: Any) -> Iterator[np.ndarray]:
+    """An array that lies in a file, which is at `path` once it is whole.
+
+    Raises:
+      OSError: if there is no room for it.
+    """
+    with whole(path) as aside:
+        array = np.lib.format.open_memmap(aside, "w+", dtype, shape)
+        if hasattr(os, "posix_fallocate"):  # else a full disk would end the process later
+            with open(aside, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, aside.stat().st_size)
+        yield array
+
+
+def embed_all(decoder: Decoder, outside: Any, windows: np.ndarray, batch: int, path: Path) -> None:
+    """Writes what goes into the first layer for all windows, float32 [N, T, D]."""
+    with written(path, (*windows.shape, decoder.width), np.float32) as x:
+        for first in range(0, len(windows), batch):
+            some = slice(first, first + batch)
+            x[some] = embed(decoder, outside, windows[some], jnp.float32)
 
 
 def own_predictions(decoder: Decoder, outside: Any) -> LossGradient:
@@ -105,14 +170,12 @@ def own_predictions(decoder: Decoder, outside: Any) -> LossGradient:
       outside: its parameters outside of the layers.
     """
 
-    def gradient(x):
-        made = np.empty_like(x)
+    def gradient(x, made):
         for first in range(0, len(x), TOGETHER):
             norm, head = vocabulary.head_of(decoder, outside, x[first : first + TOGETHER])
             for n in range(first, min(first + TOGETHER, len(x))):
                 key = jax.random.key(n)
                 made[n] = _drawn_gradient(decoder, norm, head, key, x[n : n + 1])[0]
-        return made
 
     return gradient
 
@@ -128,13 +191,11 @@ def divergence_from(decoder: Decoder, outside: Any, target: np.ndarray) -> LossG
     some = [slice(first, first + TOGETHER) for first in range(0, len(target), TOGETHER)]
     heads = [vocabulary.head_of(decoder, outside, target[s]) for s in some]
 
-    def gradient(x):
-        made = np.empty_like(x)
+    def gradient(x, made):
         for s, (norm, head) in zip(some, heads, strict=True):
             wanted = jnp.asarray(target[s], jnp.float32)
             change = divergence_and_gradient(decoder, norm, head, x[s], wanted)[1]
             made[s] = change * (len(wanted) / len(x))
-        return made
 
     return gradient
 

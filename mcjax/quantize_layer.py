@@ -29,13 +29,13 @@ from mcjax.calibrate import (
 from mcjax.models import weights
 from mcjax.models.decoder import Decoder, Layer, Routed
 from mcjax.quantize import quantize
+from mcjax.quantize.api import CHUNK
 
 ATTENTION_WIDTHS = (2, 3, 4, 8)
 """Of what no budget in bits is about."""
 
 GRAM_BYTES = 1 << 29
-"""What the Gram matrices of experts may take at once: they are made and used by blocks of experts.
-One expert's are made whatever they take."""
+"""What the Gram matrices of experts may take at once, unless asked otherwise."""
 
 EXPERT_WEIGHTS = ("gate", "up", "down")
 
@@ -52,17 +52,21 @@ class Options(NamedTuple):
       group_size: input features that share a table entry, None for each weight's default.
       rotated: whether inputs are rotated.
       sweeps: rounds of descent.
+      chunk: weights that are worked on at once.
+      gram_bytes: what the Gram matrices of experts may take at once, see `experts_at_once`.
     """
 
     max_bits: int
     group_size: int | None
     rotated: bool
     sweeps: int
+    chunk: int = CHUNK
+    gram_bytes: int = GRAM_BYTES
 
     @property
     def of_matrices(self) -> dict[str, Any]:
         """The arguments of `mcjax.quantize` that all weights share."""
-        return {name: getattr(self, name) for name in ("group_size", "rotated", "sweeps")}
+        return {name: getattr(self, name) for name in ("group_size", "rotated", "sweeps", "chunk")}
 
 
 Planes = dict[tuple[str, ...], Any]
@@ -120,7 +124,7 @@ def quantize_layer(
         down = quantize(mine["down"], options.max_bits, gram=hidden, **options.of_matrices)
         return made | {"down": down}
 
-    made, squared = _by_blocks(layer, dense, seen, make)
+    made, squared = _by_blocks(layer, dense, seen, make, options.gram_bytes)
     for n, tap in enumerate(dict.fromkeys(str(role.tap) for role in budgeted)):
         parts[tap] = {"squared": squared[:, n].tolist()}
     planes |= {
@@ -177,10 +181,21 @@ def _quantize_alike(matrices: Mapping[Any, Any], bits: int, gram: Any, options: 
     }
 
 
-def _by_blocks(layer: Layer, dense: Any, seen, make):
+def experts_at_once(count: int, features: Sequence[int], gram_bytes: int) -> int:
+    """How many of so many experts are worked on at once, at least one.
+
+    Args:
+      count: of all experts.
+      features: of their inputs and their hidden ones, which have a Gram matrix each.
+      gram_bytes: what these may take.
+    """
+    return max(1, min(count, gram_bytes // (4 * sum(n * n for n in features))))
+
+
+def _by_blocks(layer: Layer, dense: Any, seen, make, gram_bytes: int):
     """Experts' planes on the host and `expert_errors` [E, 2, widths], some experts at a time."""
     count, *features = dense["gate"].shape
-    step = max(1, min(count, GRAM_BYTES // (4 * sum(n * n for n in features))))
+    step = experts_at_once(count, features, gram_bytes)
     tokens, chosen = sum(len(s.x) for s in seen), seen[0].experts.shape[1]
     share = ERROR_ROWS * count / (chosen * tokens)
     some_seen = [sampled(s, round(share * len(s.x))) for s in seen]

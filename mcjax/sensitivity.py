@@ -30,7 +30,6 @@ import numpy as np
 from mcjax import passes, text
 from mcjax.models import weights
 from mcjax.models.decoder import Decoder, Layer
-from mcjax.models.language_model import embed
 from mcjax.tune_artifact import outputs
 
 DENSE = 8
@@ -88,7 +87,7 @@ def costs(
       at: gives them at a width.
       sample: of text, on which it is measured.
       batch: windows computed at once.
-      directory: where layers' inputs lie meanwhile.
+      directory: where what is found at each width is kept, and found again by a later call.
       progress: wraps the iterations over layers, there and back, called with (items,
         description=...).
 
@@ -100,19 +99,18 @@ def costs(
     loss = passes.divergence_from(decoder, outside, sample.target)
     found = []
     for wider, k, narrower in zip([None, *every[:-1]], every, [*every[1:], None], strict=True):
-        x = np.array(embed(decoder, outside, sample.windows, jnp.float32))
         visit = partial(_visit, decoder, read, at, wider, narrower)
         named = partial(progress, description=f"what {k} bits cost")
-        found.append(
-            passes.there_and_back(decoder, x, partial(at, k), loss, visit, batch, directory, named)
-        )
+        given = decoder, outside, sample.windows, partial(at, k), loss, visit, batch
+        found.append(passes.there_and_back(*given, directory / str(k), named))
 
     def of_part(i, tap, widths):
-        rises = np.stack([of_width[i][0][tap] for of_width in found])
-        rises[1:] += [of_width[i][1][tap] for of_width in found[:-1]]
+        rises = np.stack([of_width[i][f"{tap}/rise"] for of_width in values])
+        rises[1:] += [of_width[i][f"{tap}/fall"] for of_width in values[:-1]]
         total = dict(zip(every, np.cumsum(rises / 2, axis=0), strict=True))
         return np.stack([total.get(k, np.zeros_like(rises[0])) for k in widths], axis=-1)
 
+    values = [list(map(passes.read_found, of_width)) for of_width in found]
     return [
         {tap: of_part(i, tap, widths) for tap, widths in of_layer.items()}
         for i, of_layer in enumerate(stored)
@@ -128,7 +126,10 @@ def _visit(
     i: int,
     own: Any,
 ) -> passes.Visit:
-    """Finds ``<g, own - wider>`` and ``<g, narrower - own>`` of each part, float64 [E]."""
+    """Finds ``<g, own - wider>`` and ``<g, narrower - own>`` of each part, float64 [E].
+
+    By the part's name and "/rise" and "/fall".
+    """
     layer = decoder.layers[i]
     taps = tuple(
         (tap, tuple(role.path for role in roles))
@@ -138,11 +139,13 @@ def _visit(
     def collect(batches):
         gradient = reduce(_sum, batches)
         dense = read(i) if wider is None else at(wider, i)
-        rise = {tap: -change for tap, change in _inner(taps, gradient, own, dense).items()}
+        rise = _inner(taps, gradient, own, dense)
         del dense
-        if narrower is None:
-            return rise, {}
-        return rise, _inner(taps, gradient, own, at(narrower, i))
+        values = {f"{tap}/rise": -change for tap, change in rise.items()}
+        if narrower is not None:
+            fall = _inner(taps, gradient, own, at(narrower, i))
+            values |= {f"{tap}/fall": change for tap, change in fall.items()}
+        return values
 
     paths = tuple(path for _, several in taps for path in several)
     return passes.Visit(partial(_backward, layer, decoder.norm_eps, paths, own), collect)

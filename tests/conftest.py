@@ -56,6 +56,7 @@ QUICKLY_COMPILED = {
     "test_documents.py",
     "test_dp4a.py",
     "test_families.py",
+    "test_forecast.py",
     "test_formats.py",
     "test_generate.py",
     "test_hub.py",

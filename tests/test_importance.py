@@ -1,5 +1,6 @@
 """The importance of tokens: against derivatives of the whole model, and what it is for."""
 
+import contextlib
 from functools import partial
 
 import jax
@@ -15,6 +16,7 @@ from mcjax.models.attention import Context
 from mcjax.models.language_model import embed, run_layer
 from mcjax.models.weights import Role
 from mcjax.ops import Shifted, dot
+from mcjax.passes import read_found
 from mcjax.quantize import quantize
 from mcjax.vocabulary import head_of, log_probabilities
 
@@ -34,9 +36,10 @@ def read(folder, i):
 
 
 def measured(folder, directory, read, progress=lambda items, **_: items):
-    directory.mkdir(exist_ok=True)
     outside = folder.read_rest()
-    return importance.measure(folder.decoder, outside, read, WINDOWS, 4, directory, progress)
+    files = importance.measure(folder.decoder, outside, read, WINDOWS, 4, directory, progress)
+    assert sorted(directory.iterdir()) == files
+    return list(map(read_found, files))
 
 
 def test_shifted_products():
@@ -99,24 +102,30 @@ def test_layers_one_by_one_are_the_whole_model(folder, tmp_path):
     assert set(found[0]) == {"mixer.qkv", "mixer.o", EXPERTS}
 
 
-def test_interrupted(folder, tmp_path):
-    """Either pass begins again; once measured it is read and nothing is computed."""
+@pytest.mark.parametrize("steps", [0, 1, 2, 3])
+def test_interrupted(folder, tmp_path, steps):
+    """What is done is not done again; once all is measured nothing is computed."""
+    layers = []
 
     def stops(items, description):
         for n, item in enumerate(items):
-            if n == 3:
+            if n == steps + 1:
                 raise KeyboardInterrupt
             yield item
 
-    whole = measured(folder, tmp_path / "whole", partial(read, folder))
-    with pytest.raises(KeyboardInterrupt):
-        measured(folder, tmp_path / "some", partial(read, folder), stops)
-    assert not (tmp_path / "some" / importance.KEPT).exists()
-    after = measured(folder, tmp_path / "some", partial(read, folder))
+    def counted(i):
+        layers.append(i)
+        return read(folder, i)
+
+    complete = measured(folder, tmp_path / "whole", partial(read, folder))
+    with contextlib.suppress(KeyboardInterrupt):
+        measured(folder, tmp_path / "some", counted, stops)
+    assert layers == [0, 1, 1, 0][: steps + 1]
+    after = measured(folder, tmp_path / "some", counted)
+    assert layers == [0, 1, 1, 0]
     again = measured(folder, tmp_path / "some", None)
     for other in (after, again):
-        jax.tree.map(np.testing.assert_array_equal, whole, other)
-    assert [path.name for path in (tmp_path / "some").iterdir()] == [importance.KEPT]
+        jax.tree.map(np.testing.assert_array_equal, complete, other)
 
 
 @pytest.mark.parametrize("d_in", [64, 640, 2048, 4096])

@@ -1,6 +1,9 @@
 """Once-QAT of experts: starts where the artifact is, ends as an artifact like any other."""
 
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import loop
 import numpy as np
@@ -54,6 +57,50 @@ def test_ends_as_an_artifact(improved, artifact, text_file):
     layers = [checkpoint.read_manifest(path)["statistics"] for path in (out, artifact)]
     assert layers[0]["frequency"] == layers[1]["frequency"]  # the same model, calibrated alike
     assert layers[0]["error"] != layers[1]["error"]
+
+
+LOSSES = """
+import sys
+from pathlib import Path
+import jax, numpy as np, loop, once_lm
+from mcjax.hub import Folder
+mesh = loop.device_mesh(loop.mesh_sizes(sys.argv[3]))
+optimiser = loop.adamw(learning_rate=1e-2, warmup=1, steps=9, weight_decay=0.0, clip=3.0)
+run = once_lm.begun(Folder(sys.argv[1]), Path(sys.argv[2]), mesh, optimiser, 10, 0.7)
+state, tokens = run.state, np.random.default_rng(0).integers(0, 300, (10, 17)).astype(np.int32)
+tokens = loop.global_batch(mesh, tokens.shape, lambda i: tokens[i], run.rows)
+with jax.set_mesh(mesh):
+    for _ in range(3):
+        state, metrics = run.step(state, tokens)
+        print(*map(float, jax.tree.leaves(metrics)))
+if mesh.size > 1:
+    for leaf, own in zip(jax.tree.leaves(state), jax.tree.leaves(run.shardings), strict=True):
+        assert leaf.sharding.is_equivalent_to(own, leaf.ndim), (leaf.shape, leaf.sharding, own)
+    total, mine = (
+        sum(size(a) for a in jax.tree.leaves(state) if a.ndim > 3)
+        for size in (lambda a: a.nbytes, lambda a: a.addressable_shards[0].data.nbytes)
+    )
+    assert mine < total / 6, (mine, total)  # tables are not cut by data
+"""
+
+
+def test_many_devices_equal_one(model_folder, artifact):
+    """Weights that train, their moments and the teacher are cut along data and expert."""
+    found = []
+    for mesh in ("data=1", "data=2,expert=5"):
+        count = 10 if "expert" in mesh else 1
+        paths = str(Path(once_lm.__file__).parent)
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
+        run = subprocess.run(
+            [sys.executable, "-c", LOSSES, str(model_folder), str(artifact), mesh],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": paths},
+        )
+        assert run.returncode == 0, run.stderr[-3000:]
+        found.append([[float(x) for x in line.split()] for line in run.stdout.splitlines()])
+    assert found[0][2] != found[0][0]
+    np.testing.assert_allclose(found[0], found[1], rtol=2e-3)
 
 
 def test_bad_input(improved, capsys, tmp_path):

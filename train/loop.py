@@ -130,6 +130,24 @@ def meet(where: str) -> None:
         multihost_utils.sync_global_devices(where)
 
 
+def state_shardings(
+    optimiser: optax.GradientTransformation, like: State, own: Any, mesh: Mesh
+) -> State:
+    """Where a state lies: moments as their parameters do, all else whole on every device.
+
+    Args:
+      optimiser: of the state.
+      like: it, or its shapes.
+      own: shardings of its parameters.
+      mesh: of all devices.
+    """
+    each = NamedSharding(mesh, P())
+    moments = optax.tree.map_params(
+        optimiser, lambda _, where: where, like.optimiser, own, transform_non_params=lambda _: each
+    )
+    return State(each, own, moments, jax.tree.map(lambda _: each, like.extra))
+
+
 def everywhere(tree: Any) -> Any:
     """Arrays of this host of a tree that devices of many share; every process must ask."""
     from jax.experimental import multihost_utils
@@ -336,6 +354,12 @@ def command_line(doc: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--steps", type=int, help="instead of the config's")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    take_processes(parser)
+    return parser
+
+
+def take_processes(parser: argparse.ArgumentParser) -> None:
+    """Has a parser take what `join` wants to know."""
     group = parser.add_argument_group("one process of many")
     group.add_argument(
         "--distributed",
@@ -345,18 +369,13 @@ def command_line(doc: str | None) -> argparse.ArgumentParser:
     group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens; or so")
     group.add_argument("--processes", type=int, help="how many there are")
     group.add_argument("--process", type=int, help="which this is, from 0")
-    return parser
 
 
-def begin(arguments: argparse.Namespace, kind: type) -> tuple[Any, Path]:
-    """Joins the other processes if there are any; returns the config's recipe and where to write.
-
-    Args:
-      arguments: from the parser of `command_line`.
-      kind: of the recipe.
+def join(arguments: argparse.Namespace) -> None:
+    """Joins the other processes if there are any.
 
     Raises:
-      ValueError: see `load_recipe`.
+      ValueError: if the arguments do not say which process this is of which.
     """
     own = arguments.coordinator, arguments.processes, arguments.process
     if any(value is not None for value in own):
@@ -369,6 +388,19 @@ def begin(arguments: argparse.Namespace, kind: type) -> tuple[Any, Path]:
         jax.distributed.initialize(*own)
     elif arguments.distributed:
         jax.distributed.initialize()
+
+
+def begin(arguments: argparse.Namespace, kind: type) -> tuple[Any, Path]:
+    """Joins the other processes if there are any; returns the config's recipe and where to write.
+
+    Args:
+      arguments: from the parser of `command_line`.
+      kind: of the recipe.
+
+    Raises:
+      ValueError: see `load_recipe`.
+    """
+    join(arguments)
     recipe = load_recipe(arguments.config, kind)
     return recipe, arguments.out or Path(arguments.config.stem)
 

@@ -24,8 +24,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from data_sources import no_litter
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 from loop import (
     State,
     adamw,
@@ -38,6 +36,7 @@ from loop import (
     global_batch,
     mesh_sizes,
     program,
+    state_shardings,
 )
 from recipe import LanguageRecipe
 
@@ -45,9 +44,15 @@ from mcjax import sharding
 from mcjax.atomic import whole
 from mcjax.hub import write
 from mcjax.models import weights
-from mcjax.models.decoder import Routed
+from mcjax.models.decoder import Decoder, Routed
 from mcjax.models.language_model import LanguageModel
 from mcjax.text import beginning, encode_file, open_tokenizer, perplexity, spread, windows
+
+MESH = (
+    "how devices share the work, such as data=4,expert=2,model=1; by default along data. "
+    "Parameters and the optimiser's state are cut along data and expert, experts are whole"
+)
+"""What --mesh says for itself."""
 
 
 def losses(module: LanguageModel, params: Any, tokens: jax.Array):
@@ -98,11 +103,7 @@ def begun(recipe: LanguageRecipe, module: LanguageModel, optimiser) -> tuple[Sta
         return jax.jit(state)(key), None
     like = jax.eval_shape(state, key)
     own = sharding.shardings(recipe.decoder, like.params, shared)
-    whole = NamedSharding(shared.mesh, P())
-    moments = optax.tree.map_params(
-        optimiser, lambda _, where: where, like.optimiser, own, transform_non_params=lambda _: whole
-    )
-    where = State(whole, own, moments)
+    where = state_shardings(optimiser, like, own, shared.mesh)
     return jax.jit(state, out_shardings=where)(key), where
 
 
@@ -318,7 +319,7 @@ def train(
     """
     devices = data_mesh() if mesh is None else device_mesh(mesh)
     shared = sharding.resolve(devices, fully=True) if devices.size > 1 else None
-    _check_shared(recipe, shared)
+    check_shared(recipe.decoder, shared, recipe.batch_size, recipe.accumulation)
     if out.exists() and not resume:
         raise ValueError(f"{out} exists; choose another --out, or go on with --resume")
     number = f".{jax.process_index()}" if jax.process_count() > 1 else ""
@@ -370,21 +371,19 @@ def train(
     return last
 
 
-def _check_shared(recipe: LanguageRecipe, shared: sharding.Sharding | None) -> None:
+def check_shared(
+    decoder: Decoder, shared: sharding.Sharding | None, batch_size: int, accumulation: int = 1
+) -> None:
     """Raises ValueError if a mesh cannot share a batch or experts evenly."""
     if shared is None:
         return
     rows, experts = shared.size(*shared.batch), shared.size(shared.expert)
-    if recipe.batch_size % (rows * recipe.accumulation):
-        parts = f", in {recipe.accumulation} parts" if recipe.accumulation > 1 else ""
-        raise ValueError(
-            f"recipe: batch_size {recipe.batch_size} cannot be shared by {rows} devices{parts}"
-        )
-    for layer in recipe.decoder.layers:
+    if batch_size % (rows * accumulation):
+        parts = f", in {accumulation} parts" if accumulation > 1 else ""
+        raise ValueError(f"a batch of {batch_size} cannot be shared by {rows} devices{parts}")
+    for layer in decoder.layers:
         if isinstance(layer.block, Routed) and layer.block.experts % experts:
-            raise ValueError(
-                f"recipe: {layer.block.experts} experts cannot be shared by {experts} devices"
-            )
+            raise ValueError(f"{layer.block.experts} experts cannot be shared by {experts} devices")
 
 
 def export(out: Path, work: Path, config: Mapping[str, Any], params: Any) -> None:
@@ -433,8 +432,7 @@ def main() -> None:
     parser.add_argument(
         "--mesh",
         metavar="AXES",
-        help="how devices share the work, such as data=4,expert=2,model=1; by default along data. "
-        "Parameters and the optimiser's state are cut along data and expert, experts are whole",
+        help=MESH,
     )
     arguments = parser.parse_args()
     recipe, out = begin(arguments, LanguageRecipe)

@@ -6,7 +6,7 @@ MODEL is the Hugging Face folder that ARTIFACT was compressed from. Its experts 
 in the artifact, weights at the widest width and all tables, and train at all widths at once; the
 16-bit model teaches the widest width, each width the next lower one. Everything else stays. OUT is
 an artifact like any other: same bytes, same commands. OUT.run keeps checkpoints and metrics, and
---resume goes on from them.
+--resume goes on from them. On several devices all of it is shared out, see --mesh.
 """
 
 from __future__ import annotations
@@ -14,20 +14,36 @@ from __future__ import annotations
 import argparse
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from loop import State, adamw, data_mesh, fit, global_batch, program
-from moe_lm import FileCorpus
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from loop import (
+    State,
+    adamw,
+    data_mesh,
+    device_mesh,
+    everywhere,
+    fit,
+    global_batch,
+    join,
+    mesh_sizes,
+    program,
+    state_shardings,
+    take_processes,
+)
+from moe_lm import MESH, FileCorpus, check_shared
 
-from mcjax import bitplane, checkpoint, parameters, qat, serving, text
+from mcjax import bitplane, checkpoint, parameters, qat, serving, sharding, text
 from mcjax.bitplane import BitPlanes, MixedPlanes
 from mcjax.compress import compress
 from mcjax.hub import Folder
 from mcjax.models import weights
+from mcjax.models.decoder import Decoder
 from mcjax.models.language_model import LanguageModel
 from mcjax.ops import dense
 
@@ -86,7 +102,7 @@ def make_step(
     """The jitted training step; `State.extra` is the objective's state."""
     widths = next(iter(specs.values())).widths
 
-    def losses(trained, tokens):
+    def losses(trained, teacher, kept, tokens):
         seen, labels = tokens[:, :-1], tokens[:, 1:]
 
         def logits_at(bits, state):
@@ -101,16 +117,92 @@ def make_step(
         return values, ()
 
     @partial(jax.jit, donate_argnums=0)
-    def step(state: State, tokens: jax.Array) -> tuple[State, dict[str, jax.Array]]:
+    def step(state: State, teacher, kept, tokens):
         gradient, values, _, _, extra = qat.combine(
-            lambda trained: losses(trained, tokens), state.params, objective, state.extra
+            lambda trained: losses(trained, teacher, kept, tokens),
+            state.params,
+            objective,
+            state.extra,
         )
         update, opt = optimiser.update(gradient, state.optimiser, state.params)
         params = optax.apply_updates(state.params, update)
         metrics = {f"loss_{k}": v for k, v in zip(widths, values, strict=True)}
         return State(state.step + 1, params, opt, extra), metrics
 
-    return step
+    return lambda state, tokens: step(state, teacher, kept, tokens)
+
+
+def shared_out(decoder: Decoder, shared: sharding.Sharding, trained, kept, teacher):
+    """All of it on the devices of a mesh: each weight as that of the model that it is for."""
+    where = sharding.shardings(decoder, teacher, shared)
+
+    def of_weight(name, leaf):
+        own = weights.get(where, tuple(name.split(".")))
+        tables = P(None, shared.expert) if shared.expert in own.spec[1:2] else P()
+        return {
+            "w": shared.place(leaf["w"], own.spec),
+            "quantizer": jax.tree.map(lambda a: shared.place(a, tables), leaf["quantizer"]),
+        }
+
+    made = {name: of_weight(name, leaf) for name, leaf in trained.items()}
+    placed = sharding.put_on(decoder, teacher, shared)
+    kept = jax.tree.map(
+        lambda own, its, there: there if own is its else shared.place(own, there.sharding.spec),
+        kept,
+        teacher,
+        placed,
+    )
+    return made, kept, placed
+
+
+class Begun(NamedTuple):
+    """A run before its first step.
+
+    Attributes:
+      state: of the loop; its parameters are `start`'s first.
+      shardings: of it; None on one device.
+      step: see `make_step`.
+      specs: see `start`.
+      rows: the axes of the mesh that share a batch.
+    """
+
+    state: State
+    shardings: Any
+    step: Any
+    specs: dict[str, qat.QuantSpec]
+    rows: tuple[str, ...]
+
+
+def begun(
+    folder: Folder, artifact: Path, mesh: Mesh, optimiser, batch_size: int, distill: float
+) -> Begun:
+    """Reads both models and shares them out on a mesh.
+
+    Raises:
+      ValueError: if the mesh cannot share a batch or experts evenly.
+    """
+    decoder = folder.decoder
+    shared = sharding.resolve(mesh, fully=True) if mesh.size > 1 else None
+    check_shared(decoder, shared, batch_size)
+    with jax.default_device(jax.local_devices(backend="cpu")[0] if shared else None):
+        teacher = folder.read(np.float32)
+        trained, kept, specs = start(artifact, teacher)
+    objective = qat.fixed()
+
+    def first(trained):
+        extra = objective.init(len(next(iter(specs.values())).widths))
+        return State(jnp.zeros((), jnp.int32), trained, optimiser.init(trained), extra)
+
+    where, rows = None, ("data",)
+    if shared is not None:
+        trained, kept, teacher = shared_out(decoder, shared, trained, kept, teacher)
+        own = jax.tree.map(lambda a: a.sharding, trained)
+        where = state_shardings(optimiser, jax.eval_shape(first, trained), own, mesh)
+        rows = shared.batch
+    state = jax.jit(first, out_shardings=where)(trained)
+    module = LanguageModel(decoder, shared=shared)
+    step = make_step(module, teacher, kept, specs, optimiser, objective, distill)
+    return Begun(state, where, step, specs, rows)
 
 
 def main() -> None:
@@ -129,19 +221,23 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--distill", type=float, default=0.7)
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--mesh", metavar="AXES", help=MESH)
+    take_processes(parser)
     arguments = parser.parse_args()
+    join(arguments)
     if arguments.out.exists():
         raise ValueError(f"{arguments.out} exists; remove it or choose another place")
     folder = Folder(arguments.model)
-    decoder, teacher = folder.decoder, folder.read(np.float32)
-    trained, kept, specs = start(arguments.artifact, teacher)
-    widths = next(iter(specs.values())).widths
+    decoder, sizes = folder.decoder, arguments.mesh and mesh_sizes(arguments.mesh)
+    mesh = device_mesh(sizes) if sizes else data_mesh()
+    made_of = checkpoint.read_manifest(arguments.artifact)
+    widths = made_of["statistics"]["bits"]
     ends = decoder.eos_token_ids
     tokens = text.encode_file(folder.tokenizer_path, arguments.text, decoder.vocab_size, ends)
     length = arguments.seq_len + 1
     begin = text.beginning(folder.tokenizer_path, decoder.vocab_size, "auto")
     text.windows(tokens, length, "training text", begin)
-    corpus, mesh = FileCorpus(tokens, length, begin), data_mesh()
+    corpus = FileCorpus(tokens, length, begin)
     optimiser = adamw(
         learning_rate=arguments.learning_rate,
         warmup=20,
@@ -149,11 +245,8 @@ def main() -> None:
         weight_decay=0.0,
         clip=len(widths),  # 1 for each of the losses that are summed
     )
-    objective = qat.fixed()
-    extra = objective.init(len(widths))
-    state = State(jnp.zeros((), jnp.int32), trained, optimiser.init(trained), extra)
-    step = make_step(
-        LanguageModel(decoder), teacher, kept, specs, optimiser, objective, arguments.distill
+    state, shardings, step, specs, rows = begun(
+        folder, arguments.artifact, mesh, optimiser, arguments.batch_size, arguments.distill
     )
     shape = (arguments.batch_size, length)
     names = ("steps", "batch_size", "seq_len", "learning_rate", "distill")
@@ -161,17 +254,21 @@ def main() -> None:
         arguments.out.with_name(arguments.out.name + ".run"),
         state,
         step,
-        lambda i: global_batch(mesh, shape, partial(corpus.row, 0, i)),
+        lambda i: global_batch(mesh, shape, partial(corpus.row, 0, i), rows),
         mesh=mesh,
+        shardings=shardings,
         steps=arguments.steps,
         identity={name: getattr(arguments, name) for name in names},
         resume=arguments.resume,
         save_every=100,
         log_every=20,
     )
+    trained = everywhere(state.params)
+    if jax.process_index() > 0:
+        return
     frozen = {
         name: qat.freeze(leaf["w"], leaf["quantizer"], specs[name])
-        for name, leaf in state.params.items()
+        for name, leaf in trained.items()
     }
     experts: dict[int, dict[str, BitPlanes]] = {i: {} for i in weights.budgeted_layers(decoder)}
     for member in weights.members(decoder):
@@ -179,7 +276,6 @@ def main() -> None:
             stacked = frozen[".".join(member.path + role.path)]
             for r, i in enumerate(member.numbers):
                 experts[i][role.path[-1]] = jax.tree.map(lambda a, r=r: a[r], stacked)
-    made_of = checkpoint.read_manifest(arguments.artifact)
     compress(
         arguments.model,
         arguments.out,

@@ -65,6 +65,12 @@ class Folder(Checkpoint):
             self.unmap()
         return jax.device_put(tree)
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a weight as it is stored, the embedding's for all."""
+        name = f"{self.prefix}embed_tokens.weight"
+        return 4 if self._open(self.shards[name]).get_slice(name).get_dtype() == "F32" else 2
+
     def read_rest(self, dtype: Any = None) -> dict[str, Any]:
         """Weights outside the layers: embedding, norm and, if untied, head."""
         tree: dict[str, Any] = {}

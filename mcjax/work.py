@@ -1,0 +1,93 @@
+"""The folders of a run that compresses: what it makes, and what the next run goes on from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mcjax.atomic import whole
+from mcjax.hub import read_json
+
+
+class Work(NamedTuple):
+    """Where a run keeps what it, or the next one, goes on from.
+
+    Attributes:
+      out: the artifact, as far as it is made.
+      beside: all else; gone once the artifact is at its place.
+    """
+
+    out: Path
+    beside: Path
+
+    @classmethod
+    def of(cls, out: Path) -> Work:
+        """The folders of a run that writes `out`, beside it."""
+        return cls(*(out.parent / f".{out.name}.{name}" for name in ("partial", "work")))
+
+    @property
+    def identity(self) -> Path:
+        """What the run makes of what: another one's work is not gone on with."""
+        return self.beside / "identity.json"
+
+    @property
+    def seen(self) -> Path:
+        """A folder for what goes into the experts of the layer at hand."""
+        return self.beside / "seen"
+
+    @property
+    def tuning(self) -> Path:
+        """What an interrupted tuning goes on from."""
+        return self.beside / "tuning.npz"
+
+    @property
+    def untuned(self) -> Path:
+        """Where layers are from which tuning began, once its own have taken their place."""
+        return self.beside / "untuned"
+
+    def costs(self, when: str) -> Path:
+        """What parts cost, a JSON file; beside it is a folder in which that is measured."""
+        return self.beside / f"costs_{when}.json"
+
+    def record(self, i: int) -> Path:
+        """What the manifest says of layer i, once the layer is made."""
+        return self.beside / f"layer_{i}.json"
+
+    def entering(self, i: int) -> Path:
+        """What goes into layer i, float32 [N, T, D]; after the last, what that gives."""
+        return self.beside / f"entering_{i}.npy"
+
+    def prepare(self, identity: dict[str, Any], resume: bool) -> None:
+        """Makes the folders: empty, or with what is done if it is to be resumed.
+
+        Raises:
+          ValueError: if what is done is another run's.
+        """
+        if resume and self.out.exists() and self.identity.exists():
+            if read_json(self.identity) != json.loads(json.dumps(identity)):
+                raise ValueError(
+                    f"{self.out} was left by a run with another model, text or options; remove it "
+                    "or run without --resume"
+                )
+            shutil.rmtree(self.out / "rest", ignore_errors=True)
+            if self.untuned.exists():
+                shutil.rmtree(self.out / "layers", ignore_errors=True)
+                self.untuned.rename(self.out / "layers")
+            return
+        self.clear()
+        for folder in self:
+            folder.mkdir()
+        write_json(self.identity, identity)
+
+    def clear(self) -> None:
+        """Removes both folders."""
+        for folder in self:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON so that the file is there whole or not at all."""
+    with whole(path) as aside:
+        aside.write_text(json.dumps(value))
