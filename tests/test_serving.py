@@ -1,5 +1,7 @@
 """Loading reads only what a budget needs, and serves exactly what the full artifact holds."""
 
+import gc
+
 import jax
 import numpy as np
 import pytest
@@ -47,6 +49,25 @@ def test_refining_up_and_down_equals_loading(artifact):
         model = model.refine(**precision)
         loaded = mcjax.load(artifact, **precision)
         jax.tree.map(np.testing.assert_array_equal, model.params, loaded.params)
+
+
+def test_changing_budgets_leaves_nothing_behind(artifact):
+    """After a round of budgets nothing more is held or compiled, however often they change."""
+    model, held, compiled = mcjax.load(artifact, bits=1), [], []
+    jax.monitoring.register_event_duration_secs_listener(
+        listen := lambda name, *_, **__: compiled.append(name) if "compile" in name else None
+    )
+    try:
+        for _ in range(5):
+            for precision in ({"budget": 2.25}, {"bits": 1}):
+                model = model.refine(**precision)
+                assert np.isfinite(model(TOKENS)).all()
+            gc.collect()
+            held.append((len(jax.live_arrays()), len(compiled)))
+            assert held[-1][1] > 0
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert held[1:] == held[1:2] * 4, held
 
 
 def test_model_is_a_pytree(artifact):

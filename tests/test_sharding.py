@@ -17,6 +17,7 @@ from small_models import small_config, small_model
 
 import mcjax
 from mcjax import sharding
+from mcjax.compress import compress
 from mcjax.generate import generate
 from mcjax.models import weights
 from mcjax.models.families import describe
@@ -37,6 +38,24 @@ BEGIN = """
             shape, names, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:count]
         )
 """
+
+
+FAMILY = """
+    tokens = np.random.default_rng(0).integers(0, 64, (4, 9)).astype(np.int32)
+    def logits(model):
+        def both(params, tokens, cache):
+            apply = lambda *a: model.module.apply({"params": params}, *a)
+            first, cache = apply(tokens[:, :8], None, cache)
+            more, _ = apply(tokens[:, 8:], jnp.full((4, 1), 8), cache)
+            return jnp.concatenate([first, more], axis=1)
+        return jax.jit(both)(model.params, tokens, model.module.empty_cache(4, 12))
+    planes = {"budget": 1.5} if os.path.exists(f"{sys.argv[1]}/manifest.json") else {}
+    expected = logits(mcjax.load(sys.argv[1], **planes))
+    for mesh in ((2, 2, 2), (1, 4, 1)) if planes else ((2, 2, 2),):
+        model = mcjax.load(sys.argv[1], mesh=mesh_of(*mesh), **planes)
+        np.testing.assert_allclose(logits(model), expected, atol=3e-5)
+"""
+"""A model's logits on a mesh against those on one device."""
 
 
 def run(program, *arguments):
@@ -101,23 +120,17 @@ def test_planes_on_a_mesh(artifact):
 )
 def test_families_on_a_mesh(name, tmp_path):
     """Latent attention and recurrent states, prefilled into a cache and decoded."""
-    run(
-        """
-        tokens = np.random.default_rng(0).integers(0, 64, (4, 9)).astype(np.int32)
-        def logits(model):
-            def both(params, tokens, cache):
-                apply = lambda *a: model.module.apply({"params": params}, *a)
-                first, cache = apply(tokens[:, :8], None, cache)
-                more, _ = apply(tokens[:, 8:], jnp.full((4, 1), 8), cache)
-                return jnp.concatenate([first, more], axis=1)
-            return jax.jit(both)(model.params, tokens, model.module.empty_cache(4, 12))
-        one = mcjax.load(sys.argv[1])
-        model = mcjax.load(sys.argv[1], mesh=mesh_of(2, 2, 2))
-        expected = logits(one)
-        np.testing.assert_allclose(logits(model), expected, atol=3e-5)
-        """,
-        small_model(tmp_path / "model", name),
-    )
+    run(FAMILY, small_model(tmp_path / "model", name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_next"])
+def test_planes_of_families_on_a_mesh(name, tmp_path, text_file):
+    """And in planes, loaded under two meshes from one artifact."""
+    model = small_model(tmp_path / "model", name)
+    options = dict(max_bits=2, samples=8, seq_len=16, effort="fast")
+    compress(model, tmp_path / "out", text_file, **options)
+    run(FAMILY, tmp_path / "out")
 
 
 @pytest.mark.parametrize("ragged", [False, True])
