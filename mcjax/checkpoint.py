@@ -23,6 +23,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -69,7 +70,12 @@ def save_tree(directory: Path, tree: Mapping[str, Any], chunked: Iterable[str]) 
         )
     with contextlib.redirect_stderr(io.StringIO()), _quiet("absl"):
         try:
-            with ocp.PyTreeCheckpointer() as checkpointer:
+            # Of several processes this one alone: none waits for the others.
+            alone = ocp.options.MultiprocessingOptions(
+                primary_host=jax.process_index(), active_processes={jax.process_index()}
+            )
+            handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+            with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
                 checkpointer.save(directory.absolute(), leaves, save_args=arguments)
         except Exception as error:  # Orbax and TensorStore raise many kinds for one cause
             # Writes still under way end after Orbax's event loop, each printing a traceback.

@@ -168,9 +168,7 @@ def _bench(arguments: argparse.Namespace) -> None:
 
 def _compress(arguments: argparse.Namespace) -> None:
     from mcjax.compress import compress, coverage
-    from mcjax.forecast import sparing
     from mcjax.job import prepare
-    from mcjax.programme import Bytes, parse
 
     group_size = None
     if arguments.group_size != "auto":
@@ -188,16 +186,9 @@ def _compress(arguments: argparse.Namespace) -> None:
         "effort": arguments.effort,
         "bos": arguments.bos,
     }
-    memory = None
-    if arguments.memory is not None:
-        size = parse(arguments.memory)
-        if not isinstance(size, Bytes):
-            raise ValueError(f"--memory must be a size such as 6GB, got {arguments.memory!r}")
-        memory = size.limit
-    spare = memory is not None or arguments.dry_run
-    progress = sparing(_progress) if spare else _progress
+    memory = _memory(arguments)
     if arguments.dry_run:
-        _foretell(prepare(arguments.model, arguments.calibration, **options), memory, progress)
+        _foretell(prepare(arguments.model, arguments.calibration, **options), memory)
         return
     manifest = compress(
         arguments.model,
@@ -205,7 +196,7 @@ def _compress(arguments: argparse.Namespace) -> None:
         arguments.calibration,
         memory=memory,
         resume=arguments.resume,
-        progress=progress,
+        progress=_progress,
         **options,
     )
     made_of = manifest["calibration"]
@@ -225,12 +216,28 @@ def _compress(arguments: argparse.Namespace) -> None:
     )
 
 
-def _foretell(job: Any, memory: int | None, progress: Any) -> None:
+def _memory(arguments: argparse.Namespace) -> int | None:
+    """The bytes of --memory."""
+    from mcjax.programme import Bytes, parse
+
+    if arguments.memory is None:
+        return None
+    try:
+        size = parse(arguments.memory)
+    except ValueError:
+        size = 0.0
+    if not isinstance(size, Bytes):
+        raise ValueError(f"--memory must be a size such as 6GB, got {arguments.memory!r}")
+    return size.limit
+
+
+def _foretell(job: Any, memory: int | None) -> None:
     """Prints what a job would take."""
     from rich.table import Table
 
-    from mcjax.forecast import forecast, within
+    from mcjax.forecast import forecast, sparing, within
 
+    progress = sparing(_progress)
     if memory is not None:
         job = within(job, memory)
     found = forecast(job, progress=progress)

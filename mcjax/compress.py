@@ -18,7 +18,7 @@ import numpy as np
 from mcjax import allocate, checkpoint, importance, passes, sensitivity
 from mcjax.bitplane import BitPlanes
 from mcjax.calibrate import Seen, observe
-from mcjax.forecast import within
+from mcjax.forecast import sparing, within
 from mcjax.hub import Folder, read_json
 from mcjax.job import Job, prepare
 from mcjax.models import weights
@@ -40,6 +40,8 @@ TRAVELS = (
 
 RARE_SHARE = 0.1
 """An expert is rare if it gets less than this share of the tokens that an even split would give."""
+
+AT_ONCE = ("batch_tokens", "chunk", "gram_bytes")
 
 WHEN = ("compressed", "tuned")
 """When it is measured what parts cost."""
@@ -69,8 +71,8 @@ def compress(
       model: a Hugging Face folder, or a name on the hub, see `mcjax.hub.local`.
       out: the artifact to write; must not exist.
       calibration: a text, see `mcjax.documents.read_documents`.
-      memory: bytes that it may take; less is worked on at once to keep to them, see
-        `mcjax.forecast.within`. None for the usual.
+      memory: bytes that this process may take; less is worked on at once to keep to them, and
+        programs are forgotten between stages, see `mcjax.forecast`. None for the usual.
       resume: go on from where an interrupted run with the same inputs was, and keep what is done
         if this one is interrupted.
       experts: planes of each layer's `gate`, `up` and `down` that were made otherwise, by once-QAT
@@ -88,21 +90,27 @@ def compress(
       OSError: if the artifact cannot be written.
     """
     out = Path(out).absolute()
-    if out.exists():
+    work = Work.of(out)
+    if out.exists() and not (resume and work.identity.exists()):
         raise ValueError(f"{out} exists; remove it or choose another place")
     if not out.parent.is_dir():
         raise ValueError(f"{out.parent} is not a folder")
     job = prepare(model, calibration, **options)
-    if memory is not None:
-        job = within(job, memory)
     if experts is not None:
         _check_experts(experts, job.folder.decoder, job.how.max_bits)
         leaves = jax.tree.leaves(list(experts))
         sums = [checkpoint.crc32(np.asarray(leaf)) for leaf in leaves]
         job = job._replace(identity={**job.identity, "experts_crc32": sums})
-    work = Work.of(out)
-    work.prepare(job.identity, resume)
+    if out.exists():
+        if not work.is_of(job.identity):
+            raise ValueError(f"{out} exists; remove it or choose another place")
+        work.clear()  # all that an earlier run had left to do
+        return checkpoint.read_manifest(out)
     try:
+        work.prepare(job.identity, resume)
+        if memory is not None:
+            progress = sparing(progress)
+            job = _at_once(job, work, memory)
         manifest, sample, target = _run(job, work, experts, progress)
         _copy_beside(job.folder.path, work.out)
         if job.plan:
@@ -117,6 +125,17 @@ def compress(
         raise
     work.clear()
     return manifest
+
+
+def _at_once(job: Job, work: Work, memory: int) -> Job:
+    """The job within so much memory: the one that an interrupted run began, if there is one."""
+    if not work.at_once.exists():
+        found = within(job, memory)
+        kept = found.batch_tokens, found.how.chunk, found.how.gram_bytes
+        write_json(work.at_once, dict(zip(AT_ONCE, kept, strict=True)))
+    batch_tokens, chunk, gram_bytes = (read_json(work.at_once)[name] for name in AT_ONCE)
+    how = job.how._replace(chunk=chunk, gram_bytes=gram_bytes)
+    return job._replace(batch_tokens=batch_tokens, how=how)
 
 
 def _copy_beside(source: Path, out: Path) -> None:
@@ -160,8 +179,10 @@ def _run(job: Job, work: Work, given, progress):
     """
     folder, windows = job.folder, job.windows
     decoder, outside = folder.decoder, folder.read_rest()
-    rest_sums = checkpoint.save_tree(work.out / "rest", _narrow(outside), ())
-    plain = sum(leaf.nbytes for leaf in jax.tree.leaves(_narrow(outside)))
+    narrow = _narrow(outside)
+    rest_sums = checkpoint.save_tree(work.out / "rest", narrow, ())
+    plain = sum(leaf.nbytes for leaf in jax.tree.leaves(narrow))
+    del narrow
     dense, where = partial(_read_dense, folder), work.beside / "importance"
     matter = importance.measure(decoder, outside, dense, windows, job.batch, where, progress)
     places = weights.budgeted_layers(decoder)
@@ -333,9 +354,12 @@ def _observe(job: Job, i: int, own, x, y, matter: importance.Importance, inputs:
         mine = {name: value[some] for name, value in matter.items()}
         y[some], of_batch, seen = observe(layer, decoder.width, eps, own, x[some], mine)
         grams = of_batch if grams is None else _sum(grams, of_batch)
-        np.save(inputs / f"{start}.npy", seen.x)
-        rows = np.load(inputs / f"{start}.npy", mmap_mode="r")
+        file = inputs / f"{start}.npy"
+        with passes.written(file, seen.x.shape, np.float32) as rows:
+            rows[...] = seen.x
+        rows = np.load(file, mmap_mode="r")
         batches.append(Seen(rows, *map(np.asarray, seen[1:])))
+        del of_batch, seen
     for start in range(watched, len(x), batch):
         some = slice(start, start + batch)
         y[some] = outputs(layer, eps, own, x[some])

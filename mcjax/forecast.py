@@ -39,13 +39,20 @@ from mcjax.quantize import api, quantize
 from mcjax.quantize_layer import (
     ATTENTION_WIDTHS,
     ERROR_ROWS,
-    EXPERT_WEIGHTS,
     experts_at_once,
+    of_experts,
 )
 from mcjax.schedule import batch_of
 
 FOUR = 4
 """Bytes of a float32."""
+
+
+COMPILED = "/jax/core/compile/backend_compile_duration"
+"""What JAX tells of when a program is compiled."""
+
+HOLDS_ALL = ("what widths cost", "tuning")
+"""Stages that hold as much whatever the windows."""
 
 
 class Stage(NamedTuple):
@@ -213,8 +220,12 @@ def _forecast(job: Job, meter: _Meter, progress: Callable[..., Any]) -> Forecast
     if job.plan:
         kept = sum(kind.kept for kind in every)
         held = outside + sum(kind.tuning_bytes for kind in every)
-        held += kept if kept <= tune_artifact.MOST_KEPT else 0
-        total[-1] = total[-1]._replace(bytes=total[-1].bytes + held)
+        kept = kept if kept <= tune_artifact.MOST_KEPT else 0
+        rows = min(decoder.vocab_size, vocabulary.MOST)
+        held += FOUR * rows * decoder.width
+        costs = total[-2]  # measured again in the midst of it
+        most = held + max(total[-1].bytes + kept, costs.bytes)
+        total[-1] = total[-1]._replace(bytes=most, seconds=total[-1].seconds + costs.seconds)
     token = FOUR * decoder.width
     matter = sum(2 * count * length * kind.importances for kind in every)
     there_and_back = count * length * (len(decoder.layers) * token // 2 + 2 * token)
@@ -224,6 +235,10 @@ def _forecast(job: Job, meter: _Meter, progress: Callable[..., Any]) -> Forecast
     plain = sum(kind.plain for kind in every) * min(2, job.folder.itemsize)
     artifact = planes + plain + min(2, job.folder.itemsize) * outside // job.folder.itemsize
     disk = artifact + matter + max(there_and_back, layers)
+    if job.plan:  # the layers twice, what goes on from the last, and what trains twice
+        trained = sum(kind.tuning_bytes - _bytes(kind.planes) for kind in every)
+        ended = length * token * (count + len(job.lessons))
+        disk = max(disk, artifact + planes + matter + ended + 2 * trained)
     return Forecast(tuple(total), process, disk, artifact)
 
 
@@ -231,7 +246,7 @@ def within(job: Job, memory: int) -> Job:
     """The job, with less at once if that is needed to keep to so much memory.
 
     That is tokens, weights that are quantised, and experts whose Gram matrices are made: half of
-    them, a quarter and so on. Results change only as sums of floats do.
+    them, a quarter and so on. Results change as little as sums of floats and samples of tokens do.
 
     Args:
       job: as it is usually done.
@@ -258,7 +273,7 @@ def within(job: Job, memory: int) -> Job:
     most = max(least.stages, key=lambda stage: stage.bytes)
     raise ValueError(
         f"{memory / 1e9:.2f} GB of memory are too few: {least.memory / 1e9:.2f} GB are the least, "
-        f"for {most.name}; fewer tokens in a window need less"
+        f"for {most.name}{'' if most.name in HOLDS_ALL else '; fewer tokens in a window need less'}"
     )
 
 
@@ -269,16 +284,24 @@ def sparing(progress: Callable[..., Any]) -> Callable[..., Any]:
     a small model's. Where that is glibc, it is also told to keep no large block. Programs are
     forgotten at either end, and have to be made or read again.
     """
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         for parameter, value in ((-3, 1 << 20), (-1, 1 << 20), (-8, 2)):  # see malloc.h
             mallopt(parameter, value)
 
+    def compiled(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event == COMPILED:
+            give_back()
+
     def told(items, **options):
         forget()
-        for item in progress(items, **options):
-            yield item
-            give_back()
+        jax.monitoring.register_event_duration_secs_listener(compiled)
+        try:
+            for item in progress(items, **options):
+                yield item
+                give_back()
+        finally:
+            jax.monitoring.unregister_event_duration_listener(compiled)
         forget()
 
     return told
@@ -293,7 +316,7 @@ def forget() -> None:
 
 def give_back() -> None:
     """Has the C library give back memory that is freed, where that is glibc."""
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
@@ -303,7 +326,7 @@ def process_bytes() -> int:
     if status.exists():
         fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
         return int(fields["RssAnon"].split()[0]) * 1024
-    import resource  # which Windows lacks
+    import resource
 
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most * (1 if sys.platform == "darwin" else 1024)
@@ -329,7 +352,8 @@ def _head(job: Job, outside: int, meter: _Meter) -> Stage:
     )
     size, seconds = _bytes(head) + need.bytes, count * need.seconds
     if rows < decoder.vocab_size:
-        every = jax.ShapeDtypeStruct((decoder.vocab_size, decoder.width), jnp.bfloat16)
+        kind = jnp.float32 if job.folder.itemsize == FOUR else jnp.bfloat16
+        every = jax.ShapeDtypeStruct((decoder.vocab_size, decoder.width), kind)
         some = _floats(vocabulary.ASKED, decoder.width)
         need = meter(vocabulary._likeliest, decoder, norm, every, some)
         size = max(size, _bytes(every) + need.bytes)
@@ -432,7 +456,7 @@ class _Kind:
         seeing = self.meter(calibrate.observe, *given)
         _, grams, seen = jax.eval_shape(partial(calibrate.observe, *given[:3]), *given[3:])
         held = FOUR * self.size + (_bytes(grams) if batches > 1 else 0)
-        sizes, seconds = [held + _bytes(x) + seeing.bytes], batches * seeing.seconds
+        sizes, seconds = [held + 2 * _bytes(x) + seeing.bytes], batches * seeing.seconds
         held = FOUR * self.size + _bytes(grams)
         done = 0
         for role in self.roles:
@@ -478,7 +502,7 @@ class _Kind:
         """Experts' Gram matrices, planes and errors, some experts at a time."""
         path = self.budgeted[0].path[:-1]
         every = {role.path[-1]: role.shape for role in self.roles if role.path[:-1] == path}
-        every = {name: s for name, s in every.items() if name.split("_")[0] in EXPERT_WEIGHTS}
+        every = of_experts(every)
         if not self.routed:
             every = {name: (1, *shape) for name, shape in every.items()}
         count, *features = every["gate"]
@@ -496,8 +520,8 @@ class _Kind:
         first = np.int32(0)
         errors = self.meter(calibrate.expert_errors, activation, mine, planes, some, first)
         made = sum(map(math.prod, every.values())) / sum(w.size for w in mine.values())
-        held = int(made * _bytes(planes))  # on the host, of all experts
-        sizes = [held + _bytes(planes) + errors.bytes]
+        held = int(2 * made * _bytes(planes))  # on the host, of all experts, in parts and joined
+        sizes = [held + _bytes(planes) + batches * _bytes(some) + errors.bytes]
         seconds = turns * batches * errors.seconds
         if not self.routed:
             return _Need(max(sizes), seconds)
@@ -505,17 +529,17 @@ class _Kind:
         adding = self.meter(calibrate._add_expert_grams, activation, mine, seen, first, grams)
         raising = _floats(step, features[0], 2 * features[1])
         up, down = self._quantizing(raising, True), self._quantizing(mine["down"], True)
-        sizes += [_bytes(grams) + adding.bytes, _bytes(grams) + held]
+        sizes += [_bytes(grams) + _bytes(seen) + adding.bytes, _bytes(grams) + held]
         sizes += [held + _bytes(grams) + max(_bytes(raising) + up.bytes, up.bytes + down.bytes)]
         pruning = self.meter(calibrate._lower_ranked, self.layer.block, self._experts, seen)
         seconds += turns * (batches * adding.seconds + up.seconds + down.seconds)
-        size = max([_bytes(mine) + most for most in sizes] + [held + pruning.bytes])
+        pruned = held + _bytes(seen) + pruning.bytes
+        size = max([_bytes(mine) + most for most in sizes] + [pruned])
         return _Need(size, seconds + batches * pruning.seconds)
 
     @property
     def _experts(self) -> Any:
-        own = weights.get(self.own, weights.EXPERTS)
-        return {name: w for name, w in own.items() if name.split("_")[0] in EXPERT_WEIGHTS}
+        return of_experts(weights.get(self.own, weights.EXPERTS))
 
     def tuned(self) -> Stage:
         """Steps of tuning, but for what all layers hold together."""

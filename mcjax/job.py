@@ -37,8 +37,8 @@ class Job(NamedTuple):
       plan: what tuning trains; nothing without.
       how: weights are quantised.
       batch_tokens: about how many tokens are computed at once.
-      identity: what the artifact's manifest says of all this: two jobs of the same identity make
-        the same artifact.
+      identity: what the artifact's manifest says of all but the last: two jobs of the same identity
+        make the same artifact, but for sums and samples that depend on what is computed at once.
     """
 
     folder: Folder

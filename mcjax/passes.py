@@ -105,9 +105,9 @@ def there_and_back(
                 after[s], wanted = backward(*given)
                 yield wanted
 
-        values = collect(batches())
+        values: dict[str, Any] = dict(collect(batches()))
         with whole(found[i]) as aside:
-            np.savez(aside, allow_pickle=False, **values)
+            np.savez(aside, **values)
 
     begun = [step for step in range(2 * count + 1) if arriving(step).exists()]
     if not begun:
@@ -116,7 +116,10 @@ def there_and_back(
         embed_all(decoder, outside, windows, batch, arriving(0))
         begun = [0]
     for step in progress(range(2 * count)):
-        if step < begun[-1]:
+        if step < begun[-1]:  # a run that was killed may have left what it needed no more
+            arriving(step).unlink(missing_ok=True)
+            if step >= count:
+                going_in(2 * count - 1 - step).unlink(missing_ok=True)
             continue
         x = np.load(arriving(step), mmap_mode="r")
         with written(arriving(step + 1), x.shape, np.float32) as after:

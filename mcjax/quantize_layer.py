@@ -102,7 +102,7 @@ def quantize_layer(
         return {"parts": parts}, planes
     path = budgeted[0].path[:-1]
     dense = weights.get(own, path)
-    dense = {n: w for n, w in dense.items() if n.split("_")[0] in EXPERT_WEIGHTS}
+    dense = of_experts(dense)
     routed = isinstance(layer.block, Routed)
     if not routed:  # the one expert of its layer
         if experts is None:
@@ -138,6 +138,11 @@ def quantize_layer(
         record |= {"ratio": pruning.ratio, "slope": pruning.slope}
         planes[checkpoint.INTERCEPT] = pruning.intercept.astype(ml_dtypes.bfloat16)
     return {name: value.tolist() for name, value in record.items()} | {"parts": parts}, planes
+
+
+def of_experts(own: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a network's weights each expert has: its matrices and their biases."""
+    return {name: w for name, w in own.items() if name.split("_")[0] in EXPERT_WEIGHTS}
 
 
 def _others(decoder, layer, own, grams, options, budgeted) -> tuple[dict[str, Any], Planes]:

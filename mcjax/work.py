@@ -33,6 +33,11 @@ class Work(NamedTuple):
         return self.beside / "identity.json"
 
     @property
+    def at_once(self) -> Path:
+        """How much the run works on at once, if it keeps to some memory."""
+        return self.beside / "at_once.json"
+
+    @property
     def seen(self) -> Path:
         """A folder for what goes into the experts of the layer at hand."""
         return self.beside / "seen"
@@ -59,6 +64,11 @@ class Work(NamedTuple):
         """What goes into layer i, float32 [N, T, D]; after the last, what that gives."""
         return self.beside / f"entering_{i}.npy"
 
+    def is_of(self, identity: dict[str, Any]) -> bool:
+        """Whether what is there was done by a run of that identity."""
+        there = self.identity.exists()
+        return there and read_json(self.identity) == json.loads(json.dumps(identity))
+
     def prepare(self, identity: dict[str, Any], resume: bool) -> None:
         """Makes the folders: empty, or with what is done if it is to be resumed.
 
@@ -66,7 +76,7 @@ class Work(NamedTuple):
           ValueError: if what is done is another run's.
         """
         if resume and self.out.exists() and self.identity.exists():
-            if read_json(self.identity) != json.loads(json.dumps(identity)):
+            if not self.is_of(identity):
                 raise ValueError(
                     f"{self.out} was left by a run with another model, text or options; remove it "
                     "or run without --resume"
@@ -82,7 +92,8 @@ class Work(NamedTuple):
         write_json(self.identity, identity)
 
     def clear(self) -> None:
-        """Removes both folders."""
+        """Removes both folders, and first what says that they can be gone on with."""
+        self.identity.unlink(missing_ok=True)
         for folder in self:
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mcjax import checkpoint, cli, compress
+from mcjax.job import prepare
 from mcjax.notes import Note
 
 
@@ -216,6 +218,8 @@ def test_bad_options(model_folder, text_file, tmp_path, capsys):
             text_file,
             ("--effort", "finest"),
         ),
+        ("--memory must be a size such as 6GB, got '6'", text_file, ("--memory", 6)),
+        ("--memory must be a size such as 6GB, got '6XB'", text_file, ("--memory", "6XB")),
         ("fewer than one window", short, ()),
         ("not UTF-8", binary, ()),
         ("No such file", tmp_path / "gone.txt", ()),
@@ -309,6 +313,32 @@ def test_interrupted_and_resumed(model_folder, text_file, tmp_path, capsys, monk
     assert len(calls) == 3  # the first layer was not done again
     assert checkpoint.read_manifest(out) == checkpoint.read_manifest(whole)
     assert not list(tmp_path.glob(".*"))
+
+
+def test_dry_run(model_folder, text_file, tmp_path, capsys):
+    """Says what it would take, and writes nothing."""
+    arguments = options(model_folder, tmp_path / "out", text_file)
+    assert run(*arguments, "--dry-run") == 0
+    said = capsys.readouterr().out
+    for stage in ("importance of tokens", "layers", "what widths cost", "at most, and in all"):
+        assert re.search(rf"{stage} +│ +[0-9.]+ [MG]B +│ +[0-9.]+ ", said), said
+    assert "for the artifact" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_ended_but_not_cleared(model_folder, text_file, artifact, tmp_path, capsys):
+    """A run that was killed as it ended has nothing left to do; another one does not take its."""
+    out, work = tmp_path / "out", tmp_path / ".out.work"
+    shutil.copytree(artifact, out)
+    work.mkdir()
+    (work / "identity.json").write_text("{}")
+    arguments = options(model_folder, out, text_file, "--resume")
+    refuse(capsys, "exists", *arguments)
+    made_of = dict(max_bits=3, group_size=32, samples=16, seq_len=64)
+    job = prepare(model_folder, text_file, **made_of)
+    (work / "identity.json").write_text(json.dumps(job.identity))
+    manifest = compress.compress(model_folder, out, text_file, resume=True, **made_of)
+    assert manifest == checkpoint.read_manifest(artifact) and not work.exists()
 
 
 def test_full_disk_leaves_nothing(model_folder, text_file, tmp_path):

@@ -194,7 +194,6 @@ def test_killed_at_random(model_folder, text_file, tmp_path, effort):
     kills = 0
     while not run_killed(again, begun + rng.uniform(0, 0.15) * (whole - begun)):
         kills += 1
-        assert not out.exists()
         assert kills < 100, "it makes no progress"
     print(f"{effort}: killed {kills} times, {begun:.0f} to {whole:.0f} seconds")
     assert kills >= 8

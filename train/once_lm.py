@@ -12,6 +12,7 @@ an artifact like any other: same bytes, same commands. OUT.run keeps checkpoints
 from __future__ import annotations
 
 import argparse
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -258,13 +259,21 @@ def main() -> None:
         mesh=mesh,
         shardings=shardings,
         steps=arguments.steps,
-        identity={name: getattr(arguments, name) for name in names},
+        identity={name: getattr(arguments, name) for name in names}
+        | {
+            "text": checkpoint.crc32(tokens),
+            "model": folder.source_hash(),
+            "artifact": checkpoint.crc32(np.frombuffer(json.dumps(made_of).encode(), np.uint8)),
+        },
         resume=arguments.resume,
         save_every=100,
         log_every=20,
     )
     trained = everywhere(state.params)
-    if jax.process_index() > 0:
+    first = jax.process_index() == 0
+    if jax.process_count() > 1:
+        jax.distributed.shutdown()  # the rest takes the first process longer than others may wait
+    if not first:
         return
     frozen = {
         name: qat.freeze(leaf["w"], leaf["quantizer"], specs[name])

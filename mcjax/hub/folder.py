@@ -69,6 +69,8 @@ class Folder(Checkpoint):
     def itemsize(self) -> int:
         """Bytes of a weight as it is stored, the embedding's for all."""
         name = f"{self.prefix}embed_tokens.weight"
+        if name in self._packed:
+            return np.dtype(self._dtype).itemsize
         return 4 if self._open(self.shards[name]).get_slice(name).get_dtype() == "F32" else 2
 
     def read_rest(self, dtype: Any = None) -> dict[str, Any]:
