@@ -1,6 +1,6 @@
 """A model four times the memory that compressing it is given.
 
-    uv run python benchmarks/streaming.py --layers 70 --out FILE.json
+    uv run python benchmarks/streaming.py --layers 80 --out FILE.json
 
 Makes a folder of that many layers of eight experts in float32, random, and compresses it with
 `--memory` in a control group that is killed past a quarter of the model's bytes (Linux, as root).
@@ -147,9 +147,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, help="a file to write; what is in it is printed anyhow")
-    parser.add_argument("--layers", type=int, default=70, help="41.5 MB each (default 70)")
+    parser.add_argument("--layers", type=int, default=80, help="41.5 MB each (default 80)")
     parser.add_argument("--limit", type=float, help="bytes; by default a quarter of the model's")
-    parser.add_argument("--memory", type=float, help="bytes to ask for; by default 0.9 of that")
+    parser.add_argument("--memory", type=float, help="bytes to ask for; by default 0.85 of that")
     arguments = parser.parse_args()
     facts: dict[str, Any] = {"layers": arguments.layers}
     with tempfile.TemporaryDirectory() as temporary:
@@ -157,7 +157,7 @@ def main() -> None:
         folder.mkdir()
         facts["model"] = make(folder, arguments.layers)
         facts["limit"] = int(arguments.limit or facts["model"] // 4)
-        facts["asked"] = int(arguments.memory or 0.9 * facts["limit"])
+        facts["asked"] = int(arguments.memory or 0.85 * facts["limit"])
         how = {"max_bits": 1, "samples": 8, "seq_len": 128, "effort": "fast"}
         options = ["--calibration", str(TEXT)]
         for name, value in how.items():

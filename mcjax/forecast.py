@@ -51,6 +51,9 @@ FOUR = 4
 COMPILED = "/jax/core/compile/backend_compile_duration"
 """What JAX tells of when a program is compiled."""
 
+SINGLE = 100 << 20
+"""About what programs of single operations take, and what malloc keeps of blocks that are small."""
+
 HOLDS_ALL = ("what widths cost", "tuning")
 """Stages that hold as much whatever the windows."""
 
@@ -102,7 +105,10 @@ class _Need(NamedTuple):
 
 
 class _Meter:
-    """What programs need: bytes of results and temporaries, and seconds, each measured once."""
+    """What programs need, each measured once: bytes and seconds.
+
+    Bytes are those of results and temporaries, or if they are more those of compiling it.
+    """
 
     def __init__(self, timed: bool):
         self.timed = timed
@@ -119,12 +125,13 @@ class _Meter:
         if key not in self.known:
             before = process_bytes()
             compiled = function.lower(*arguments, **options).compile()
+            compiling = process_bytes() - before
             give_back()
             program = max(0, process_bytes() - before)
             needs = compiled.memory_analysis()
             size = needs.temp_size_in_bytes + needs.output_size_in_bytes - needs.alias_size_in_bytes
             seconds = self._seconds(compiled, arguments, options)
-            self.known[key] = _Need(size, seconds, program)
+            self.known[key] = _Need(max(size, compiling), seconds, program)
             del compiled
             forget()
         self.used.add(key)
@@ -214,7 +221,7 @@ def _forecast(job: Job, meter: _Meter, progress: Callable[..., Any]) -> Forecast
     stages[0].append(_head(job, outside, meter))
     total = [_together(each) for each in stages]
     for n, used in enumerate(programs):
-        own = sum(meter.known[key].program for key in used)
+        own = SINGLE + sum(meter.known[key].program for key in used)
         total[n] = total[n]._replace(bytes=total[n].bytes + own)
     every = [kinds[layer] for layer in decoder.layers]
     if job.plan:

@@ -1,6 +1,7 @@
 """Once-QAT of experts: starts where the artifact is, ends as an artifact like any other."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,31 @@ def test_many_devices_equal_one(model_folder, artifact):
         found.append([[float(x) for x in line.split()] for line in run.stdout.splitlines()])
     assert found[0][2] != found[0][0]
     np.testing.assert_allclose(found[0], found[1], rtol=2e-3)
+
+
+@pytest.mark.slow
+def test_two_processes(improved, tmp_path):
+    """The first writes the artifact, once both have trained."""
+    _, arguments = improved
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    common = ["--steps", 2, "--mesh", "data=2", "--coordinator", f"localhost:{port}"]
+    command = [sys.executable, once_lm.__file__, *arguments[:2], tmp_path / "out", *arguments[3:]]
+    pair = [
+        subprocess.Popen(
+            list(map(str, [*command, *common, "--processes", 2, "--process", n])),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "XLA_FLAGS": ""},
+        )
+        for n in range(2)
+    ]
+    said = [process.communicate(timeout=500)[0] for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], said
+    checkpoint.verify(checkpoint.ArtifactReader(tmp_path / "out"))
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "out.run"}
 
 
 def test_bad_input(improved, capsys, tmp_path):
