@@ -164,6 +164,7 @@ def main() -> None:
             options += [f"--{name.replace('_', '-')}", str(value)]
         script = (
             "import sys, json; from mcjax.forecast import *; from mcjax.job import prepare;"
+            "from mcjax import cli; cli._keep_programs(None);"
             f"sparing(None); job = prepare(sys.argv[1], {str(TEXT)!r}, **{how});"
             f"found = forecast(within(job, {facts['asked']}), timed=False);"
             "print(json.dumps({'memory': found.memory, 'process': found.process,"

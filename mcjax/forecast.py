@@ -107,7 +107,8 @@ class _Need(NamedTuple):
 class _Meter:
     """What programs need, each measured once: bytes and seconds.
 
-    Bytes are those of results and temporaries, or if they are more those of compiling it.
+    Bytes are those of results and temporaries, or of compiling it if that is more and JAX keeps no
+    compiled programs.
     """
 
     def __init__(self, timed: bool):
@@ -125,7 +126,9 @@ class _Meter:
         if key not in self.known:
             before = process_bytes()
             compiled = function.lower(*arguments, **options).compile()
-            compiling = process_bytes() - before
+            # Where compiled programs are kept, the run finds them.
+            kept = jax.config.values["jax_compilation_cache_dir"] is not None
+            compiling = 0 if kept else process_bytes() - before
             give_back()
             program = max(0, process_bytes() - before)
             needs = compiled.memory_analysis()

@@ -184,7 +184,10 @@ def lived(arguments, work):
 @pytest.mark.slow
 @pytest.mark.parametrize("effort", ["normal", "best"])
 def test_killed_at_random(model_folder, text_file, tmp_path, effort):
-    """Twenty times or so, anywhere in quantising, measuring, tuning and saving."""
+    """Again and again, anywhere in quantising, measuring, tuning and saving.
+
+    A life is long enough for a layer: what is left of one is made again.
+    """
     options = ("--effort", effort)
     for name in ("compiled", "whole"):  # the second finds its programs, as those after it do
         arguments = command(model_folder, text_file, tmp_path / name, *options)
@@ -192,11 +195,11 @@ def test_killed_at_random(model_folder, text_file, tmp_path, effort):
     rng, out = np.random.default_rng(0), tmp_path / "broken"
     again = command(model_folder, text_file, out, *options, "--resume")
     kills = 0
-    while not run_killed(again, begun + rng.uniform(0, 0.15) * (whole - begun)):
+    while not run_killed(again, begun + rng.uniform(0.05, 0.6) * (whole - begun)):
         kills += 1
         assert kills < 100, "it makes no progress"
     print(f"{effort}: killed {kills} times, {begun:.0f} to {whole:.0f} seconds")
-    assert kills >= 8
+    assert kills >= 3
     expected, got = (checkpoint.ArtifactReader(tmp_path / name) for name in ("whole", "broken"))
     assert got.manifest == expected.manifest
     checkpoint.verify(got)
