@@ -23,9 +23,10 @@ import torch
 
 import mcjax
 from mcjax import bench
-from mcjax.compress import EFFORTS, compress
+from mcjax.compress import compress
 from mcjax.demo import EMBEDDED
 from mcjax.evaluate import evaluate
+from mcjax.job import EFFORTS
 
 GROUP = 128
 BLOCK = 128

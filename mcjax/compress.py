@@ -26,7 +26,7 @@ from mcjax.models.decoder import Decoder
 from mcjax.models.families import describe
 from mcjax.quantize_layer import quantize_layer
 from mcjax.tune_artifact import dense_at, first_tables, outputs, read_layer, tune_artifact
-from mcjax.work import Work, write_json
+from mcjax.work import Work, keeping, write_json
 
 TRAVELS = (
     "tokenizer.json",
@@ -309,7 +309,8 @@ def _one_layer(job: Job, i: int, work: Work, matter: importance.Importance, give
     with passes.written(work.entering(i + 1), x.shape, np.float32) as y:
         grams, seen = _observe(job, i, own, x, y, matter, work.seen)
     shutil.rmtree(directory, ignore_errors=True)
-    record, planes = quantize_layer(decoder, decoder.layers[i], own, grams, seen, job.how, given)
+    of_layer = decoder, decoder.layers[i], own, grams, seen, job.how, given
+    record, planes = quantize_layer(*of_layer, keeping(work.made(i)))
     del own, grams, seen
     tree = _narrow(_stored(folder, i))
     plain = (r for r in weights.roles(decoder.layers[i], decoder.width) if r.tap is None)
@@ -321,6 +322,7 @@ def _one_layer(job: Job, i: int, work: Work, matter: importance.Importance, give
     write_json(work.record(i), record)
     work.entering(i).unlink()
     shutil.rmtree(work.seen)
+    shutil.rmtree(work.made(i), ignore_errors=True)
 
 
 def _stored(folder, i: int) -> dict[str, Any]:

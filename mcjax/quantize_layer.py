@@ -30,6 +30,7 @@ from mcjax.models import weights
 from mcjax.models.decoder import Decoder, Layer, Routed
 from mcjax.quantize import quantize
 from mcjax.quantize.api import CHUNK
+from mcjax.work import Keep
 
 ATTENTION_WIDTHS = (2, 3, 4, 8)
 """Of what no budget in bits is about."""
@@ -81,6 +82,7 @@ def quantize_layer(
     seen: Sequence[Seen],
     options: Options,
     experts: Mapping[str, BitPlanes] | None = None,
+    keep: Keep = lambda _, make: make(),
 ) -> tuple[dict[str, Any], Planes]:
     """Quantises and measures one layer.
 
@@ -92,12 +94,21 @@ def quantize_layer(
       seen: what the experts saw.
       options: how.
       experts: planes of `gate`, `up` and `down` that were made otherwise; None makes them.
+      keep: keeps what is made, see `mcjax.work.keeping`.
 
     Returns:
       What the manifest says of it, JSON-ready, and the planes.
     """
     budgeted = weights.budgeted(decoder, layer)
-    parts, planes = _others(decoder, layer, own, grams, options, {role.path for role in budgeted})
+
+    def of_role(role, bits, widths=None):
+        def make():
+            w, gram = weights.get(own, role.path), grams[role.name]
+            return {role.name: _quantize_groups(w, bits, gram, options, widths)}
+
+        return keep(role.name, make)[role.name]
+
+    parts, planes = _others(decoder, layer, {role.path for role in budgeted}, of_role)
     if not budgeted:
         return {"parts": parts}, planes
     path = budgeted[0].path[:-1]
@@ -106,17 +117,15 @@ def quantize_layer(
     routed = isinstance(layer.block, Routed)
     if not routed:  # the one expert of its layer
         if experts is None:
-            experts = {
-                role.path[-1]: _quantize_groups(
-                    weights.get(own, role.path), options.max_bits, grams[role.name], options
-                )
-                for role in budgeted
-            }
+            experts = {role.path[-1]: of_role(role, options.max_bits) for role in budgeted}
         dense, experts = jax.tree.map(lambda w: w[None], (dense, experts))
 
     def make(some, mine):
         if experts is not None:
             return jax.tree.map(lambda a: a[some], experts)
+        return keep(f"experts_{some.start}_{some.stop}", partial(make_anew, some, mine))
+
+    def make_anew(some, mine):
         activation, every = layer.block.activation, grams[EXPERTS][0]
         into, hidden = expert_grams(activation, mine, seen, some.start, every)
         raising = {name: mine[name] for name in ("gate", "up")}
@@ -145,7 +154,7 @@ def of_experts(own: Mapping[str, Any]) -> dict[str, Any]:
     return {name: w for name, w in own.items() if name.split("_")[0] in EXPERT_WEIGHTS}
 
 
-def _others(decoder, layer, own, grams, options, budgeted) -> tuple[dict[str, Any], Planes]:
+def _others(decoder, layer, budgeted, of_role) -> tuple[dict[str, Any], Planes]:
     """Parts that no budget in bits is about: attention, shared experts."""
     parts: dict[str, Any] = {}
     planes: Planes = {}
@@ -153,9 +162,7 @@ def _others(decoder, layer, own, grams, options, budgeted) -> tuple[dict[str, An
         if roles[0].path in budgeted:
             continue
         for role in roles:
-            w, gram = weights.get(own, role.path), grams[role.name]
-            made = _quantize_groups(w, ATTENTION_WIDTHS[-1], gram, options, ATTENTION_WIDTHS)
-            planes[role.path] = made
+            planes[role.path] = of_role(role, ATTENTION_WIDTHS[-1], ATTENTION_WIDTHS)
         parts[tap] = {}
     return parts, planes
 

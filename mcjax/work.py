@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
+import numpy as np
+
 from mcjax.atomic import whole
+from mcjax.bitplane import BitPlanes
 from mcjax.hub import read_json
 
 
@@ -51,6 +56,10 @@ class Work(NamedTuple):
     def untuned(self) -> Path:
         """Where layers are from which tuning began, once its own have taken their place."""
         return self.beside / "untuned"
+
+    def made(self, i: int) -> Path:
+        """A folder for the planes of layer i that are made, see `keeping`."""
+        return self.beside / f"made_{i}"
 
     def costs(self, when: str) -> Path:
         """What parts cost, a JSON file; beside it is a folder in which that is measured."""
@@ -96,6 +105,45 @@ class Work(NamedTuple):
         self.identity.unlink(missing_ok=True)
         for folder in self:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+Keep = Callable[[str, Callable[[], dict[str, BitPlanes]]], dict[str, BitPlanes]]
+"""From a name and what makes some planes to these, by names of their own."""
+
+
+def keeping(folder: Path) -> Keep:
+    """Keeps planes in files, so that each is made once however often a run is interrupted."""
+
+    def keep(name, make):
+        file = folder / f"{name}.npz"
+        if file.exists():
+            with np.load(file) as held:
+                facts = json.loads(str(held["facts"]))
+                return {own: _planes(held, own, one) for own, one in facts.items()}
+        made, facts = make(), {}
+        arrays: dict[str, Any] = {}
+        for own, planes in made.items():
+            arrays[f"{own}/planes"] = np.asarray(planes.planes)
+            for k, table in zip(planes.widths, planes.tables, strict=True):
+                arrays[f"{own}/{k}"] = np.asarray(table)
+            facts[own] = {name: getattr(planes, name) for name in FACTS}
+        folder.mkdir(exist_ok=True)
+        with whole(file) as aside:
+            np.savez(aside, facts=np.array(json.dumps(facts)), **arrays)
+        return made
+
+    return keep
+
+
+FACTS = ("widths", "d_in", "group_size", "rotated")
+"""What planes say of themselves."""
+
+
+def _planes(held: Any, own: str, facts: dict[str, Any]) -> BitPlanes:
+    widths = tuple(facts["widths"])
+    tables = tuple(jnp.asarray(held[f"{own}/{k}"]) for k in widths)
+    facts = {**facts, "widths": widths}
+    return BitPlanes(planes=jnp.asarray(held[f"{own}/planes"]), tables=tables, **facts)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -79,6 +79,7 @@ QUICKLY_COMPILED = {
     "test_vision.py",
     "test_vision_models.py",
     "test_vocabulary.py",
+    "test_work.py",
 }
 """Files about how parts fit together, most of whose time is compiling: there, and in the processes
 that they start, LLVM optimises little, and XLA on CPU emits fusions in its older way, which takes

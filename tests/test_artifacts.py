@@ -10,7 +10,7 @@ from small_models import SIZES, small_config, small_model
 from test_families import error
 
 import mcjax
-from mcjax import allocate, checkpoint, compress, generate, serving, speculate
+from mcjax import allocate, checkpoint, compress, generate, quantize_layer, serving, speculate
 from mcjax.bitplane import BitPlanes, MixedPlanes
 from mcjax.evaluate import evaluate
 from mcjax.models.decoder import Delta, Routed
@@ -173,4 +173,4 @@ def test_families_differ_as_they_should():
     assert any(isinstance(layer.mixer, Delta) for layer in layers)
     assert {isinstance(layer.block, Routed) for layer in layers} == {True, False}
     assert {layer.norms for layer in layers} == {"before", "both"}
-    assert serving.ATTENTION_BITS in compress.ATTENTION_WIDTHS
+    assert serving.ATTENTION_BITS in quantize_layer.ATTENTION_WIDTHS

@@ -8,8 +8,8 @@ import pytest
 import mcjax
 from mcjax import cli, demo
 from mcjax.checkpoint import read_manifest
-from mcjax.compress import EFFORTS
 from mcjax.hub import Folder
+from mcjax.job import EFFORTS
 from mcjax.models.language_model import LanguageModel
 from mcjax.text import encode_file, perplexity, windows
 

@@ -42,6 +42,7 @@ def test_tuning_holds_all_layers(model_folder, text_file, found):
     assert tuning.name == "tuning" and tuning.bytes > found.artifact
 
 
+@pytest.mark.slow
 def test_time_is_that_of_all_layers(job):
     took = forecast(job, timed=True)
     assert all(0 < stage.seconds < 600 for stage in took.stages)
