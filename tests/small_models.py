@@ -106,3 +106,14 @@ def small_model(folder, name):
     folder.mkdir()
     write(folder, config, jax.tree.unflatten(tree, moved))
     return folder
+
+
+def with_tokenizer(folder, text_file):
+    """The folder of a small model, with a tokenizer for some text."""
+    from tokenizers import Tokenizer, models, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    trainer = trainers.BpeTrainer(vocab_size=64, show_progress=False)
+    tokenizer.train_from_iterator([*text_file.read_text().split(" ")[:500], " "], trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder

@@ -6,7 +6,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
-from small_models import SIZES, small_config, small_model
+from small_models import SIZES, small_config, small_model, with_tokenizer
 from test_families import error
 
 import mcjax
@@ -34,13 +34,7 @@ OWN_BLOCKS = ("deepseek_v32", "gemma4", "qwen2_moe")
 
 def made(name, folder, text_file):
     """A family's folder with a tokenizer, and its artifact."""
-    from tokenizers import Tokenizer, models, trainers
-
-    model = small_model(folder / "model", name)
-    tokenizer = Tokenizer(models.BPE())
-    trainer = trainers.BpeTrainer(vocab_size=64, show_progress=False)
-    tokenizer.train_from_iterator([*text_file.read_text().split(" ")[:500], " "], trainer)
-    tokenizer.save(str(model / "tokenizer.json"))
+    model = with_tokenizer(small_model(folder / "model", name), text_file)
     compress.compress(model, folder / "artifact", text_file, **COMMON)
     return model, folder / "artifact"
 

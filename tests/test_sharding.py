@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import small_config, small_model
+from small_models import small_config, small_model, with_tokenizer
 
 import mcjax
 from mcjax import sharding
@@ -53,7 +53,7 @@ FAMILY = """
     expected = logits(mcjax.load(sys.argv[1], **planes))
     for mesh in ((2, 2, 2), (1, 4, 1)) if planes else ((2, 2, 2),):
         model = mcjax.load(sys.argv[1], mesh=mesh_of(*mesh), **planes)
-        np.testing.assert_allclose(logits(model), expected, atol=3e-5)
+        np.testing.assert_allclose(logits(model), expected, atol=5e-5)
 """
 """A model's logits on a mesh against those on one device."""
 
@@ -127,7 +127,7 @@ def test_families_on_a_mesh(name, tmp_path):
 @pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_next"])
 def test_planes_of_families_on_a_mesh(name, tmp_path, text_file):
     """And in planes, loaded under two meshes from one artifact."""
-    model = small_model(tmp_path / "model", name)
+    model = with_tokenizer(small_model(tmp_path / "model", name), text_file)
     options = dict(max_bits=2, samples=8, seq_len=16, effort="fast")
     compress(model, tmp_path / "out", text_file, **options)
     run(FAMILY, tmp_path / "out")
