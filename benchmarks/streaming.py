@@ -163,7 +163,8 @@ def main() -> None:
         for name, value in how.items():
             options += [f"--{name.replace('_', '-')}", str(value)]
         script = (
-            "import sys, json; from mcjax.forecast import *; from mcjax.job import prepare;"
+            "import sys, json; from mcjax.forecast import forecast, within;"
+            "from mcjax.process_memory import sparing; from mcjax.job import prepare;"
             "from mcjax import cli; cli._keep_programs(None);"
             f"sparing(None); job = prepare(sys.argv[1], {str(TEXT)!r}, **{how});"
             f"found = forecast(within(job, {facts['asked']}), timed=False);"

@@ -235,7 +235,8 @@ def _foretell(job: Any, memory: int | None) -> None:
     """Prints what a job would take."""
     from rich.table import Table
 
-    from mcjax.forecast import forecast, sparing, within
+    from mcjax.forecast import forecast, within
+    from mcjax.process_memory import sparing
 
     progress = sparing(_progress)
     if memory is not None:

@@ -18,12 +18,13 @@ import numpy as np
 from mcjax import allocate, checkpoint, importance, passes, sensitivity
 from mcjax.bitplane import BitPlanes
 from mcjax.calibrate import Seen, observe
-from mcjax.forecast import sparing, within
+from mcjax.forecast import within
 from mcjax.hub import Folder, read_json
 from mcjax.job import Job, prepare
 from mcjax.models import weights
 from mcjax.models.decoder import Decoder
 from mcjax.models.families import describe
+from mcjax.process_memory import sparing
 from mcjax.quantize_layer import quantize_layer
 from mcjax.tune_artifact import dense_at, first_tables, outputs, read_layer, tune_artifact
 from mcjax.work import Work, keeping, write_json

@@ -14,16 +14,10 @@ often it runs.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import gc
 import math
-import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -33,8 +27,10 @@ import numpy as np
 from mcjax import calibrate, importance, passes, sensitivity, tune_artifact, vocabulary
 from mcjax.bitplane import BitPlanes
 from mcjax.job import Job
+from mcjax.meter import Meter, Need
 from mcjax.models import weights
 from mcjax.models.decoder import Layer, Routed
+from mcjax.process_memory import forget, process_bytes
 from mcjax.quantize import api, quantize
 from mcjax.quantize_layer import (
     ATTENTION_WIDTHS,
@@ -47,9 +43,6 @@ from mcjax.schedule import batch_of
 FOUR = 4
 """Bytes of a float32."""
 
-
-COMPILED = "/jax/core/compile/backend_compile_duration"
-"""What JAX tells of when a program is compiled."""
 
 SINGLE = 100 << 20
 """About what programs of single operations take, and what malloc keeps of blocks that are small."""
@@ -98,86 +91,6 @@ class Forecast(NamedTuple):
         return sum(stage.seconds for stage in self.stages)
 
 
-class _Need(NamedTuple):
-    bytes: int
-    seconds: float
-    program: int = 0
-
-
-class _Meter:
-    """What programs need, each measured once: bytes and seconds.
-
-    Bytes are those of results and temporaries, or of compiling it if that is more and JAX keeps no
-    compiled programs.
-    """
-
-    def __init__(self, timed: bool):
-        self.timed = timed
-        self.known: dict[Any, _Need] = {}
-        self.used: set[Any] = set()
-
-    def __call__(self, function: Any, *arguments: Any, **options: Any) -> _Need:
-        """Of a jitted function, of arrays, their shapes and static arguments."""
-        key = (
-            function,
-            jax.tree.structure((arguments, options)),
-            *map(_key, jax.tree.leaves((arguments, options))),
-        )
-        if key not in self.known:
-            before = process_bytes()
-            compiled = function.lower(*arguments, **options).compile()
-            # Where compiled programs are kept, the run finds them.
-            kept = getattr(jax.config, "jax_compilation_cache_dir", None) is not None
-            compiling = 0 if kept else process_bytes() - before
-            give_back()
-            program = max(0, process_bytes() - before)
-            needs = compiled.memory_analysis()
-            size = needs.temp_size_in_bytes + needs.output_size_in_bytes - needs.alias_size_in_bytes
-            seconds = self._seconds(compiled, arguments, options)
-            self.known[key] = _Need(max(size, compiling), seconds, program)
-            del compiled
-            forget()
-        self.used.add(key)
-        return self.known[key]
-
-    def _seconds(self, compiled, arguments, options) -> float:
-        if not self.timed:
-            return math.nan
-        some = [_drawn(a) for a in arguments if _dynamic(a)]
-        named = {name: _drawn(a) for name, a in options.items() if _dynamic(a)}
-        taken = math.inf
-        for _ in range(2):  # the first waits for pages of memory, unless it takes long
-            copied = jax.tree.map(jnp.array, (some, named))  # some programs take theirs over
-            start = time.perf_counter()
-            jax.block_until_ready(compiled(*copied[0], **copied[1]))
-            taken = min(taken, time.perf_counter() - start)
-            if taken > 1:
-                break
-        return taken
-
-
-def _key(leaf: Any) -> Any:
-    return (leaf.shape, leaf.dtype) if hasattr(leaf, "shape") else leaf
-
-
-def _dynamic(argument: Any) -> bool:
-    return any(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(argument))
-
-
-def _drawn(argument: Any) -> Any:
-    """Random numbers of those shapes; an array is itself."""
-    rng = np.random.default_rng(0)
-
-    def of_leaf(leaf):
-        if not isinstance(leaf, jax.ShapeDtypeStruct):
-            return jnp.asarray(leaf)
-        if jnp.issubdtype(leaf.dtype, jnp.floating):
-            return jnp.asarray(0.05 * rng.standard_normal(leaf.shape, np.float32), leaf.dtype)
-        return jnp.asarray(rng.integers(0, 127, leaf.shape), leaf.dtype)
-
-    return jax.tree.map(of_leaf, argument)
-
-
 def _bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
@@ -196,10 +109,10 @@ def forecast(
       timed: whether to time programs, which takes about as long as a layer of each kind.
       progress: wraps the iteration over kinds of layers, called with (items, description=...).
     """
-    return _forecast(job, _Meter(timed), progress)
+    return _forecast(job, Meter(timed), progress)
 
 
-def _forecast(job: Job, meter: _Meter, progress: Callable[..., Any]) -> Forecast:
+def _forecast(job: Job, meter: Meter, progress: Callable[..., Any]) -> Forecast:
     decoder = job.folder.decoder
     count, length = job.windows.shape
     kinds = {layer: _Kind(job, layer, meter) for layer in decoder.layers}
@@ -265,7 +178,7 @@ def within(job: Job, memory: int) -> Job:
     Raises:
       ValueError: if the least of all is still too much.
     """
-    meter, tried = _Meter(timed=False), {}
+    meter, tried = Meter(timed=False), {}
 
     def smaller(half):
         how = job.how._replace(chunk=job.how.chunk >> half, gram_bytes=job.how.gram_bytes >> half)
@@ -287,61 +200,6 @@ def within(job: Job, memory: int) -> Job:
     )
 
 
-def sparing(progress: Callable[..., Any]) -> Callable[..., Any]:
-    """A progress bar between whose steps this process gives back memory that it has freed.
-
-    Its C library would keep some for later, about as much again as is in use, to save time: 15 % of
-    a small model's. Where that is glibc, it is also told to keep no large block. Programs are
-    forgotten at either end, and have to be made or read again.
-    """
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        for parameter, value in ((-3, 1 << 20), (-1, 1 << 20), (-8, 2)):  # see malloc.h
-            mallopt(parameter, value)
-
-    def compiled(event: str, duration_secs: float, **kwargs: str | int) -> None:
-        if event == COMPILED:
-            give_back()
-
-    def told(items, **options):
-        forget()
-        jax.monitoring.register_event_duration_secs_listener(compiled)
-        try:
-            for item in progress(items, **options):
-                yield item
-                give_back()
-        finally:
-            jax.monitoring.unregister_event_duration_listener(compiled)
-        forget()
-
-    return told
-
-
-def forget() -> None:
-    """Forgets programs, and gives back their memory."""
-    jax.clear_caches()
-    gc.collect()
-    give_back()
-
-
-def give_back() -> None:
-    """Has the C library give back memory that is freed, where that is glibc."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def process_bytes() -> int:
-    """Memory of this process that no file backs, its programs and libraries included."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        return int(fields["RssAnon"].split()[0]) * 1024
-    import resource
-
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most * (1 if sys.platform == "darwin" else 1024)
-
-
 def _together(stages: Sequence[Stage]) -> Stage:
     """Of several kinds of layers, or parts one after another."""
     return Stage(
@@ -351,7 +209,7 @@ def _together(stages: Sequence[Stage]) -> Stage:
     )
 
 
-def _head(job: Job, outside: int, meter: _Meter) -> Stage:
+def _head(job: Job, outside: int, meter: Meter) -> Stage:
     """Predictions, and the gradient of a loss on them."""
     decoder, (count, length) = job.folder.decoder, job.windows.shape
     rows = min(decoder.vocab_size, vocabulary.MOST)
@@ -374,7 +232,7 @@ def _head(job: Job, outside: int, meter: _Meter) -> Stage:
 class _Kind:
     """A layer of some structure, as shapes."""
 
-    def __init__(self, job: Job, layer: Layer, meter: _Meter):
+    def __init__(self, job: Job, layer: Layer, meter: Meter):
         self.job, self.layer, self.how, self.meter = job, layer, job.how, meter
         self.decoder = decoder = job.folder.decoder
         self.roles = list(weights.roles(layer, decoder.width))
@@ -407,7 +265,7 @@ class _Kind:
     def _x(self, batch: int, length: int) -> jax.ShapeDtypeStruct:
         return _floats(batch, length, self.decoder.width)
 
-    def _outputs(self, x: Any) -> _Need:
+    def _outputs(self, x: Any) -> Need:
         return self.meter(tune_artifact.outputs, self.layer, self.decoder.norm_eps, self.own, x)
 
     def importance(self, outside: int) -> Stage:
@@ -486,13 +344,13 @@ class _Kind:
         sizes.append(stored + 2 * _bytes(self.planes))
         return Stage("layers", max(sizes), seconds)
 
-    def _of_matrices(self, shape: tuple[int, ...], groups: int, budgeted: bool) -> _Need:
+    def _of_matrices(self, shape: tuple[int, ...], groups: int, budgeted: bool) -> Need:
         """Quantising a matrix whose output features are in groups."""
         w = _floats(groups, shape[0], shape[1] // groups)
         need = self._quantizing(w, budgeted)
-        return _Need(_bytes(w) + need.bytes, need.seconds)
+        return Need(_bytes(w) + need.bytes, need.seconds)
 
-    def _quantizing(self, w: Any, budgeted: bool) -> _Need:
+    def _quantizing(self, w: Any, budgeted: bool) -> Need:
         planes, d_in = self.planes_of(w, budgeted), w.shape[-2]
         gram = np.broadcast_to(np.eye(d_in, dtype=np.float32), (*w.shape[:-1], d_in))
         return self.meter(
@@ -508,7 +366,7 @@ class _Kind:
             chunk=self.how.chunk,
         )
 
-    def _of_experts(self, seen: calibrate.Seen, batches: int) -> _Need:
+    def _of_experts(self, seen: calibrate.Seen, batches: int) -> Need:
         """Experts' Gram matrices, planes and errors, some experts at a time."""
         path = self.budgeted[0].path[:-1]
         every = {role.path[-1]: role.shape for role in self.roles if role.path[:-1] == path}
@@ -534,7 +392,7 @@ class _Kind:
         sizes = [held + _bytes(planes) + batches * _bytes(some) + errors.bytes]
         seconds = turns * batches * errors.seconds
         if not self.routed:
-            return _Need(max(sizes), seconds)
+            return Need(max(sizes), seconds)
         grams = tuple(_floats(step, size, size) for size in features)
         adding = self.meter(calibrate._add_expert_grams, activation, mine, seen, first, grams)
         raising = _floats(step, features[0], 2 * features[1])
@@ -545,7 +403,7 @@ class _Kind:
         seconds += turns * (batches * adding.seconds + up.seconds + down.seconds)
         pruned = held + _bytes(seen) + pruning.bytes
         size = max([_bytes(mine) + most for most in sizes] + [pruned])
-        return _Need(size, seconds + batches * pruning.seconds)
+        return Need(size, seconds + batches * pruning.seconds)
 
     @property
     def _experts(self) -> Any:

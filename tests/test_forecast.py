@@ -71,7 +71,8 @@ def test_disk_is_what_a_run_leaves(model_folder, artifact, text_file, tmp_path, 
 
 @pytest.mark.slow
 def test_less_at_once_keeps_to_less_memory(job, monkeypatch):
-    monkeypatch.setattr(sys.modules["mcjax.forecast"], "process_bytes", lambda: 0)
+    for name in ("forecast", "meter"):
+        monkeypatch.setattr(sys.modules[f"mcjax.{name}"], "process_bytes", lambda: 0)
     found = forecast(job, timed=False)
     assert within(job, 2 * found.memory) == job
     smaller = within(job, found.memory * 3 // 4)
