@@ -114,7 +114,7 @@ def _compress(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "--memory",
         metavar="SIZE",
-        help="take no more memory than this, 6GB for instance: less is worked on at once, which "
+        help="keep to about this much memory, 6GB for instance: less is worked on at once, which "
         "takes longer; refused if the least is more",
     )
     command.add_argument(
