@@ -112,8 +112,7 @@ def quantize_layer(
     if not budgeted:
         return {"parts": parts}, planes
     path = budgeted[0].path[:-1]
-    dense = weights.get(own, path)
-    dense = of_experts(dense)
+    dense = of_experts(weights.get(own, path))
     routed = isinstance(layer.block, Routed)
     if not routed:  # the one expert of its layer
         if experts is None:
