@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 
 from mcjax import rotation
 from mcjax import tables as tables_lib
+from mcjax.hosts import everywhere
 
 WORD = 32
 
@@ -39,7 +40,8 @@ class BitPlanes:
     Attributes:
       planes: uint32 [..., bits, words, groups, d_out], ``words = group_size / 32``; bit j of word
         v of group g is input feature ``g * group_size + 32 v + j``.
-      tables: one uint8 array [..., rows_k, groups, d_out] for each width, see `mcjax.tables`.
+      tables: one uint8 array [..., rows_k, groups, d_out] for each width, see `mcjax.tables`; or
+        what it trains as, see `mcjax.tune`.
       widths: the widths that have a table, ascending; the last is the number of planes.
       d_in: input features, without padding.
       group_size: input features that share a table entry, a multiple of 32.
@@ -47,11 +49,16 @@ class BitPlanes:
     """
 
     planes: jax.Array
-    tables: tuple[jax.Array, ...]
+    tables: tuple[Any, ...]
     widths: tuple[int, ...]
     d_in: int
     group_size: int
     rotated: bool = False
+
+    @property
+    def trains(self) -> bool:
+        """Whether the widest width's table is numbers that train."""
+        return isinstance(self.tables[-1], Mapping)
 
     @property
     def bits(self) -> int:
@@ -210,12 +217,7 @@ class MixedPlanes:
 
         Where other processes have some of them, all processes must ask.
         """
-        stack: Any = self.stack
-        if not getattr(stack, "is_fully_addressable", True):
-            from jax.experimental import multihost_utils
-
-            stack = multihost_utils.process_allgather(stack, tiled=True)
-        return np.array([stack.bits for stack in self.stacks])[np.asarray(stack)]
+        return np.array([stack.bits for stack in self.stacks])[everywhere(self.stack)]
 
     @property
     def reads(self) -> tuple[int, ...]:
@@ -229,6 +231,11 @@ class MixedPlanes:
         """Planes that are read of a weight, on average over the stacks."""
         counts = [stack.shape[0] for stack in self.stacks]
         return sum(n * k for n, k in zip(counts, self.reads, strict=True)) / sum(counts)
+
+    @property
+    def trains(self) -> bool:
+        """Whether tables are numbers that train."""
+        return self.stacks[0].trains
 
     @property
     def d_in(self) -> int:
@@ -292,6 +299,16 @@ class MixedPlanes:
             for stack, width in zip(self.stacks, self.reads, strict=True)
         ]
         return jnp.concatenate(stacks)[starts[self.stack] + self.slot]
+
+    def few(self, dtype: Any = jnp.float32) -> jax.Array:
+        """As `dequantize`, of stacks that hold many more weights than these."""
+        made: Any = None
+        for s, (stack, width) in enumerate(zip(self.stacks, self.reads, strict=True)):
+            row = jnp.minimum(self.slot, stack.shape[0] - 1)
+            own = jax.tree.map(lambda a, row=row: a[row], stack).at_width(width).dequantize(dtype)
+            mine = (self.stack == s).reshape(*self.stack.shape, 1, 1)
+            made = own if made is None else jnp.where(mine, own, made)
+        return made
 
     def __repr__(self) -> str:
         held = ", ".join(f"{s.shape[0]} of {s.bits} bits" for s in self.stacks)

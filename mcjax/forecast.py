@@ -376,7 +376,9 @@ class _Kind:
         count, *features = every["gate"]
         step = experts_at_once(count, features, self.how.gram_bytes)
         mine = {name: _floats(step, *shape[1:]) for name, shape in every.items()}
-        activation, turns = self.layer.block.activation, math.ceil(count / step)
+        activation, blocks = self.layer.block.activation, math.ceil(count / step)
+        devices = min(blocks, jax.local_device_count())  # each has a block at a time
+        turns = math.ceil(blocks / devices)
         tokens, chosen = seen.experts.shape
         spread = (np.arange(tokens * chosen, dtype=np.int32) % count).reshape(tokens, chosen)
         seen = calibrate.Seen(seen.x, spread, *(_floats(*a.shape) for a in seen[2:]))
@@ -389,21 +391,20 @@ class _Kind:
         errors = self.meter(calibrate.expert_errors, activation, mine, planes, some, first)
         made = sum(map(math.prod, every.values())) / sum(w.size for w in mine.values())
         held = int(2 * made * _bytes(planes))  # on the host, of all experts, in parts and joined
-        sizes = [held + _bytes(planes) + batches * _bytes(some) + errors.bytes]
+        sizes = [_bytes(planes) + batches * _bytes(some) + errors.bytes]
         seconds = turns * batches * errors.seconds
         if not self.routed:
-            return Need(max(sizes), seconds)
+            return Need(held + max(sizes), seconds)
         grams = tuple(_floats(step, size, size) for size in features)
         adding = self.meter(calibrate._add_expert_grams, activation, mine, seen, first, grams)
         raising = _floats(step, features[0], 2 * features[1])
         up, down = self._quantizing(raising, True), self._quantizing(mine["down"], True)
-        sizes += [_bytes(grams) + _bytes(seen) + adding.bytes, _bytes(grams) + held]
-        sizes += [held + _bytes(grams) + max(_bytes(raising) + up.bytes, up.bytes + down.bytes)]
+        sizes += [_bytes(grams) + _bytes(seen) + adding.bytes]
+        sizes += [_bytes(grams) + max(_bytes(raising) + up.bytes, up.bytes + down.bytes)]
         pruning = self.meter(calibrate._lower_ranked, self.layer.block, self._experts, seen)
         seconds += turns * (batches * adding.seconds + up.seconds + down.seconds)
-        pruned = held + _bytes(seen) + pruning.bytes
-        size = max([_bytes(mine) + most for most in sizes] + [pruned])
-        return Need(size, seconds + batches * pruning.seconds)
+        size = max(devices * (_bytes(mine) + max(sizes)), _bytes(seen) + pruning.bytes)
+        return Need(held + size, seconds + batches * pruning.seconds)
 
     @property
     def _experts(self) -> Any:

@@ -23,6 +23,7 @@ from mcjax.models.weights import Role
 from mcjax.odp import PruningStatistics
 from mcjax.ops import Places
 from mcjax.sharding import Sharding
+from mcjax.tables import num_rows
 
 
 def read_rest(reader: ArtifactReader, shared: Sharding | None = None) -> dict[str, Any]:
@@ -111,6 +112,12 @@ class Spread(NamedTuple):
 
     shared: Sharding
     place: np.ndarray
+
+    @classmethod
+    def of(cls, block: Any, shared: Sharding | None) -> Spread | None:
+        """The places in some layers' parameters of their experts; None if all are everywhere."""
+        places = block.get(weights.PLACES[-1])
+        return None if shared is None or places is None else cls(shared, np.asarray(places.place))
 
     @property
     def devices(self) -> int:
@@ -267,13 +274,22 @@ def _empty_planes(room: _Room, shape, widths) -> Any:
     return jax.tree.map(lambda a: room.empty(a.shape, a.dtype), like)
 
 
-def read_draft_tables(reader: ArtifactReader, params: Any, draft: int) -> dict[str, Any]:
+def read_draft_tables(
+    reader: ArtifactReader,
+    params: Any,
+    widths: Widths,
+    draft: int,
+    shared: Sharding | None = None,
+) -> dict[str, Any]:
     """Parameters whose experts are read at `draft` bits at most.
 
     Args:
       reader: of the artifact.
-      params: as `read_layers` gives them.
-      draft: the width whose tables are read, for experts that are wider.
+      params: as `read_layers` gives them; on a mesh, where `sharding.put_on` has put them.
+      widths: of each part as held.
+      draft: the width whose tables are read, for experts that are wider; on a mesh each process
+        reads those of its own devices.
+      shared: the mesh that they are on.
 
     Returns:
       The same arrays, not copies of them, and beside each wider stack's table that of `draft`.
@@ -281,23 +297,41 @@ def read_draft_tables(reader: ArtifactReader, params: Any, draft: int) -> dict[s
     decoder = reader.decoder
     params = jax.tree.map(lambda a: a, params)
     for member in weights.members(decoder):
+        spread = Spread.of(weights.get(params, member.path + weights.BLOCK), shared)
         for role in weights.budgeted(decoder, member.layer):
             held = weights.get(params, member.path + role.path)
-            stacks, leaf = [], f"{role.name}.table_{draft}"
-            for t, stack in enumerate(held.stacks):
-                if stack.bits > draft:
-                    rows = map(tuple, np.argwhere(np.asarray(held.stack) == t))
+            own, stacks = widths_of(member.numbers, role, widths), []
+            apart = spread if role.routed else None
+            found, leaf = arrange(own, apart), f"{role.name}.table_{draft}"
+            for (k, count), stack in zip(found.counts.items(), held.stacks, strict=True):
+                if k > draft:
+                    wider = map(tuple, np.argwhere(own == k))
+                    mine = [e for e in wider if apart is None or apart.local(*e)]
                     values = reader.read(
-                        (f"layers/{member.numbers[row[0]]}", leaf, row[1] if row[1:] else None)
-                        for row in rows
+                        (f"layers/{member.numbers[r]}", leaf, e[0] if e else None) for r, *e in mine
                     )
-                    tables = jnp.asarray(np.stack(values)), stack.tables[-1]
-                    widths = draft_widths(stack.bits, draft)
-                    stack = replace(stack, tables=tables, widths=widths)
+                    shape = (count, num_rows(draft), *stack.tables[-1].shape[2:])
+                    table = np.zeros(shape, np.uint8)
+                    for e, value in zip(mine, values, strict=True):
+                        table[found.row[e]] = value
+                    rows = None if apart is None else apart.shared.expert
+                    columns = None if shared is None else shared.columns(role, table.shape[-1])
+                    tables = placed(table, shared, rows, columns), stack.tables[-1]
+                    stack = replace(stack, tables=tables, widths=draft_widths(k, draft))
                 stacks.append(stack)
             made = replace(held, stacks=tuple(stacks), most=draft)
             weights.put(params, member.path + role.path, made)
     return params
+
+
+def placed(
+    array: np.ndarray, shared: Sharding | None, first: str | None, last: str | None = None
+) -> jax.Array:
+    """An array of this host, its first and last axis along those of a mesh, if there is one."""
+    if shared is None:
+        return jnp.asarray(array)
+    middle = [None] * (array.ndim - 2)
+    return shared.place(array, P(first, *middle, last) if array.ndim > 1 else P(first))
 
 
 def read_every_width(reader: ArtifactReader, i: int) -> dict[tuple[str, ...], BitPlanes]:

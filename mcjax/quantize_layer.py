@@ -6,8 +6,10 @@ is its turn, by blocks of experts, of the inputs and the routes that calibration
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import jax
@@ -193,30 +195,57 @@ def _quantize_alike(matrices: Mapping[Any, Any], bits: int, gram: Any, options: 
 
 
 def experts_at_once(count: int, features: Sequence[int], gram_bytes: int) -> int:
-    """How many of so many experts are worked on at once, at least one.
+    """How many of so many experts each of this process's devices works on at once, at least one.
 
     Args:
       count: of all experts.
       features: of their inputs and their hidden ones, which have a Gram matrix each.
       gram_bytes: what these may take.
     """
-    return max(1, min(count, gram_bytes // (4 * sum(n * n for n in features))))
+    share = -(-count // jax.local_device_count())
+    return max(1, min(share, gram_bytes // (4 * sum(n * n for n in features))))
 
 
 def _by_blocks(layer: Layer, dense: Any, seen, make, gram_bytes: int):
-    """Experts' planes on the host and `expert_errors` [E, 2, widths], some experts at a time."""
+    """Experts' planes on the host and `expert_errors` [E, 2, widths], some experts at a time.
+
+    This process's devices each take a block of experts, and the next one when that is done.
+    """
     count, *features = dense["gate"].shape
+    devices = jax.local_devices()
     step = experts_at_once(count, features, gram_bytes)
     tokens, chosen = sum(len(s.x) for s in seen), seen[0].experts.shape[1]
     share = ERROR_ROWS * count / (chosen * tokens)
     some_seen = [sampled(s, round(share * len(s.x))) for s in seen]
-    parts, errors = [], []
-    for first in range(0, count, step):
+
+    def block(first):
         some = slice(first, first + step)
-        mine = jax.tree.map(lambda w, s=some: w[s], dense)
+        mine = jax.tree.map(lambda w: w[some], dense)
         made = make(some, mine)
         measure = partial(expert_errors, layer.block.activation, mine, made)
-        errors.append(np.asarray(sum(measure(batch, first) for batch in some_seen)))
-        parts.append(jax.device_get(made))
+        error = np.asarray(sum(measure(batch, first) for batch in some_seen))
+        return jax.device_get(made), error
+
+    parts, errors = zip(*_on_each(devices, block, range(0, count, step)), strict=True)
     whole_layer = jax.tree.map(lambda *a: np.concatenate(a), *parts)
     return whole_layer, np.concatenate(errors)
+
+
+def _on_each(devices: Sequence[Any], function: Callable[[int], Any], items: Iterable[int]) -> Any:
+    """Results of a function in order, of as many items at once as there are devices."""
+    if len(devices) == 1:
+        return map(function, items)
+    idle: SimpleQueue = SimpleQueue()
+    for device in devices:
+        idle.put(device)
+
+    def on_one(item):
+        device = idle.get()
+        try:
+            with jax.default_device(device):
+                return function(item)
+        finally:
+            idle.put(device)
+
+    with ThreadPoolExecutor(len(devices)) as threads:
+        return list(threads.map(on_one, items))

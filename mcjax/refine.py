@@ -17,7 +17,7 @@ from mcjax.bitplane import BitPlanes, MixedPlanes
 from mcjax.checkpoint import ArtifactReader
 from mcjax.models import weights
 from mcjax.models.weights import Role
-from mcjax.parameters import Spread, arrange, correct, widths_of
+from mcjax.parameters import Spread, arrange, correct, placed, widths_of
 from mcjax.sharding import Sharding
 from mcjax.tables import num_rows
 
@@ -42,16 +42,15 @@ def refine_layers(
     params = jax.tree.map(lambda a: a, params)
     for member in weights.members(decoder):
         paths = {role.path for role in weights.budgeted(decoder, member.layer)}
-        of_experts = weights.get(params, member.path + weights.BLOCK).get(weights.PLACES[-1])
+        of_experts = Spread.of(weights.get(params, member.path + weights.BLOCK), shared)
         for role in weights.roles(member.layer, decoder.width):
             if role.tap is None:
                 continue
             after = widths_of(member.numbers, role, widths)
             planes = weights.get(params, member.path + role.path)
             planes = weights.looked_up(planes) if isinstance(planes, BitPlanes) else planes
-            own, spread = planes.allocation, None
-            if shared is not None and role.routed and of_experts is not None:
-                spread = Spread(shared, np.asarray(of_experts.place))
+            own, spread = planes.allocation, of_experts if role.routed else None
+            if spread is not None:
                 own = np.take_along_axis(own, spread.place, axis=1)
             before |= {(i, role.tap): w for i, w in zip(member.numbers, own, strict=True)}
             if (own != after).any():
@@ -119,8 +118,10 @@ class _Change(NamedTuple):
                 jax.ShapeDtypeStruct((num_rows(k), *of_row), np.uint8),
             )
             stacks.append(replace(held.stacks[0], planes=planes, tables=(table,), widths=(k,)))
-        placed: Any = [self._placed(array, None, self.row_axis) for array in (new.stack, new.slot)]
-        return MixedPlanes(stacks=tuple(stacks), stack=placed[0], slot=placed[1])
+        stack, slot = (
+            placed(array, self.shared, None, self.row_axis) for array in (new.stack, new.slot)
+        )
+        return MixedPlanes(stacks=tuple(stacks), stack=stack, slot=slot)
 
     def _made(self, sources, lacking, shape, chunk: jax.ShapeDtypeStruct) -> jax.Array:
         """An array of rows that are held and of chunks that are read.
@@ -132,7 +133,9 @@ class _Change(NamedTuple):
           shape: of the array, all devices' rows together.
           chunk: what a chunk is like.
         """
-        count, columns = shape[0] // self.devices, self._column_axis(shape[-1])
+        count, columns = shape[0] // self.devices, None
+        if self.shared is not None:
+            columns = self.shared.columns(self.role, shape[-1])
         by_device: list[list] = [[] for _ in range(self.devices)]
         for e, leaf, (row, *rest) in lacking:
             by_device[row // count].append((e, leaf, (row % count, *rest)))
@@ -149,26 +152,12 @@ class _Change(NamedTuple):
                     at[d, n], values[d, n] = mine[n][2], value
         return _rows_together(
             [source for source, _ in sources],
-            [self._placed(origin, self.row_axis) for _, origin in sources],
-            self._placed(at.reshape(-1, at.shape[-1]), self.row_axis),
-            self._placed(values.reshape(-1, *chunk.shape), self.row_axis, columns),
+            [placed(origin, self.shared, self.row_axis) for _, origin in sources],
+            placed(at.reshape(-1, at.shape[-1]), self.shared, self.row_axis),
+            placed(values.reshape(-1, *chunk.shape), self.shared, self.row_axis, columns),
             (count, *shape[1 : at.shape[-1]]),
             None if self.shared is None else (self.shared.mesh, self.row_axis, columns),
         )
-
-    def _column_axis(self, columns: int) -> str | None:
-        """The mesh axis that columns lie along, see `sharding.divided`."""
-        if self.shared is None or weights.OUT not in self.role.axes:
-            return None
-        return self.shared.out if columns % self.shared.size(self.shared.out) == 0 else None
-
-    def _placed(self, array: np.ndarray, first: str | None, last: str | None = None) -> jax.Array:
-        """An array of this host, its first and last axis along those of the mesh."""
-        if self.shared is None:
-            return jnp.asarray(array)
-        middle = [None] * (array.ndim - 2)
-        spec = P(first, *middle, last) if array.ndim > 1 else P(first)
-        return self.shared.place(array, spec)
 
 
 @partial(jax.jit, static_argnums=(4, 5))

@@ -88,16 +88,15 @@ class Model:
                         "of it with `mcjax compress`"
                     )
                 every = held.allocation
-                if roles[0].routed and (places := self._places(member)) is not None:
-                    every = np.take_along_axis(every, places, axis=1)
+                if roles[0].routed and (spread := self.spread(member)) is not None:
+                    every = np.take_along_axis(every, spread.place, axis=1)
                 found |= {(i, tap): w for i, w in zip(member.numbers, every, strict=True)}
         return found
 
-    def _places(self, member: weights.Member) -> np.ndarray | None:
-        """Where experts are on a mesh, int [R, E]; None if every device has all."""
+    def spread(self, member: weights.Member) -> parameters.Spread | None:
+        """Where experts of some layers are on a mesh; None if every device has all."""
         block = weights.get(self.params, member.path + weights.BLOCK)
-        places = block.get(weights.PLACES[-1])
-        return None if places is None else np.asarray(places.place)
+        return parameters.Spread.of(block, self.module.shared)
 
     @property
     def allocation(self) -> np.ndarray:

@@ -84,6 +84,12 @@ class Sharding:
             return False
         return mixer.kv_heads % self.size(self.out) == 0
 
+    def columns(self, role: weights.Role, count: int) -> str | None:
+        """The axis that a weight's output features, so many, lie along: `out` if it can be."""
+        if self.out is None or weights.OUT not in role.axes:
+            return None
+        return self.out if count % self.size(self.out) == 0 else None
+
     def is_local(self, place: int, places: int) -> bool:
         """Whether a device of this process has that one of all places for experts."""
         if self.expert is None:
@@ -185,10 +191,8 @@ def divided(decoder: Decoder, params: Any, sharding: Sharding) -> Any:
                     "mesh has them; share experts out along no axis (rules={'expert': None})"
                 )
             return replace(leaf, weight=divide(role, leaf.weight, own))
-        by_columns = sharding.out is not None and weights.OUT in role.axes
-        if by_columns:
-            at = role.axes.index(weights.OUT)
-            by_columns = role.shape[at] % sharding.size(sharding.out) == 0
+        count = role.shape[role.axes.index(weights.OUT)] if weights.OUT in role.axes else 0
+        by_columns = sharding.columns(role, count) is not None
         axes = tuple(axis for axis in own if sharding.size(axis) > 1)
         if axes and weights.IN in role.axes and not isinstance(leaf, BitPlanes | MixedPlanes):
             at = role.axes.index(weights.IN) - len(role.axes)

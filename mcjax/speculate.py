@@ -82,8 +82,6 @@ def self_draft(model: Model, bits: int, length: int = 4) -> Draft:
         the draft would differ in nothing else, or the length is below 1.
     """
     refuse_adapters(model.params)
-    if model.module.shared is not None:
-        raise ValueError("the model is on a mesh, where drafts of the same planes are not made yet")
     reader = checkpoint.ArtifactReader(model.path, "model")
     stored = tuple(reader.manifest["statistics"]["bits"])
     if bits not in stored:
@@ -95,7 +93,8 @@ def self_draft(model: Model, bits: int, length: int = 4) -> Draft:
             f"draft bits {bits} must be below the widest expert's {widest} bits: "
             "the draft would be the model itself"
         )
-    params = parameters.read_draft_tables(reader, model.params, bits)
+    shared = model.module.shared
+    params = parameters.read_draft_tables(reader, model.params, model.widths, bits, shared)
     return Draft(module=model.module.clone(act_bits=act_bits), params=params, length=length)
 
 

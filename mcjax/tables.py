@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -106,16 +107,18 @@ def round_offset(offset: jax.Array, half_span: jax.Array) -> tuple[jax.Array, ja
     return code.astype(jnp.uint8), (code - 128) * unit
 
 
-def decode(table: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
+def decode(table: Any, width: int) -> tuple[jax.Array, jax.Array]:
     """Reads a table.
 
     Args:
-      table: uint8 [..., num_rows(width), groups, d_out].
+      table: uint8 [..., num_rows(width), groups, d_out]; or, as it trains, see `to_parameters`.
       width: the number of planes that the table goes with.
 
     Returns:
       alpha float32 [..., width, groups, d_out] and offset float32 [..., groups, d_out].
     """
+    if isinstance(table, Mapping):
+        return decode_parameters(table, width)
     alpha = alphas(step_value(table[..., :-1, :, :]), width)
     return alpha, offset_ratio(table[..., -1, :, :]) * jnp.sum(alpha, axis=-3)
 

@@ -18,23 +18,35 @@ and for any other network, with planes from `mcjax.tree.shrink`:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import math
+import shutil
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mcjax import parameters
 from mcjax import tables as tables_lib
-from mcjax.bitplane import BitPlanes, MixedPlanes
+from mcjax.atomic import whole
+from mcjax.bitplane import BitPlanes, MixedPlanes, Planes
+from mcjax.checkpoint import BY_EXPERT, ArtifactReader, save_tree, write_manifest
 from mcjax.divergence import divergence as logits_divergence
+from mcjax.hosts import everywhere
 from mcjax.leaves import named, replaced, some
 from mcjax.models import weights
 from mcjax.models.decoder import Decoder
 from mcjax.tree.kernel import Kernel, holds_planes
 
 Tuned = dict[str, dict[str, Any]]
+
+RATES = {1: 8e-3, 2: 8e-3, 3: 4e-3, 4: 2e-3}
+"""The greatest learning rate of each width's log2 steps with Adam, see `table_rates`. Of wider ones
+the least."""
 
 
 def init(params: Any, others: Collection[str] | None = None) -> Tuned:
@@ -87,7 +99,7 @@ def small(decoder: Decoder) -> list[str]:
 
 
 def apply(params: Any, tuned: Tuned) -> Any:
-    """Parameters that compute with what was tuned, every weight dense, differentiable in `tuned`.
+    """Parameters that compute with what was tuned, differentiable in `tuned`.
 
     Weights are made anew where they are wanted again, so that no bit is kept for a gradient.
 
@@ -96,13 +108,15 @@ def apply(params: Any, tuned: Tuned) -> Any:
       tuned: like what it gave.
 
     Returns:
-      A tree of arrays of the types that they had, for the same function; for a language model
-      without `act_bits`, which are for planes.
+      A tree for the same function, every weight dense and of the type that it had. A language
+      model's stay planes, with tables that train: each layer makes arrays of its own when it is its
+      turn, on a mesh each device of what it holds. Such a model has no `act_bits`, which are for
+      planes.
 
     Raises:
       ValueError: if `tuned` is of another tree or of other widths.
     """
-    return _each(params, tuned, _dense)
+    return _each(params, tuned, _applied)
 
 
 def write(params: Any, tuned: Tuned) -> Any:
@@ -117,6 +131,82 @@ def write(params: Any, tuned: Tuned) -> Any:
       what `apply` does.
     """
     return _each(params, tuned, _with_tables)
+
+
+def table_rates(rate: float, width: int) -> dict[str, float]:
+    """The learning rates of a table, by which steps and offsets move a weight about as far.
+
+    An octave of a step is ln 2 of a weight; an offset of 1 is a half span, of so many deviations of
+    a Gaussian weight.
+    """
+    half_span = tables_lib.GAUSSIAN_STEP[width] * (2**width - 1) / 2
+    return {"steps": rate, "offset": rate * math.log(2) / half_span}
+
+
+def rates(tuned: Tuned) -> dict[str, Any]:
+    """Learning rates that suit `tuned["tables"]`, a tree like it; let them rise, then fall."""
+
+    def of_width(k):
+        return table_rates(RATES.get(int(k), min(RATES.values())), int(k))
+
+    return {name: {k: of_width(k) for k in of} for name, of in tuned["tables"].items()}
+
+
+def save(model: Any, tuned: Tuned, out: str | Path, about: Mapping[str, Any]) -> None:
+    """Writes the artifact that a model is of, with what was tuned in place of the tables it reads.
+
+    Planes and all other tables stay, so it serves every budget, this one as tuned; what parts cost
+    is not measured anew. Of several processes all must ask, and the first writes.
+
+    Args:
+      model: a `mcjax.Model` of an artifact.
+      tuned: of its tables alone.
+      out: the artifact to write; must not exist.
+      about: what the manifest keeps of how that was trained, under "tuned", JSON-ready.
+
+    Raises:
+      ValueError: if `out` exists, or norms, routers or biases were tuned too, which all widths
+        share.
+    """
+    out = Path(out)
+    if tuned["others"]:
+        raise ValueError(
+            f"norms, routers and biases were tuned too ({some(tuned['others'])}), which all widths "
+            "share; tune with `init(params, ())`"
+        )
+    if out.exists():
+        raise ValueError(f"{out} exists; remove it or choose another place")
+    decoder, widths = model.module.decoder, model.widths
+    tables = {
+        name: {k: everywhere(tables_lib.from_parameters(t, int(k))) for k, t in of.items()}
+        for name, of in tuned["tables"].items()
+    }
+    if jax.process_index():
+        return
+    reader = ArtifactReader(model.path)
+    changed: list[dict[str, dict[Any, np.ndarray]]] = [{} for _ in decoder.layers]
+    for member in weights.members(decoder):
+        for role in weights.roles(member.layer, decoder.width):
+            if role.tap is None:
+                continue
+            own = parameters.widths_of(member.numbers, role, widths)
+            row = parameters.arrange(own, model.spread(member) if role.routed else None).row
+            held = tables["/".join(member.path + role.path)]
+            for (r, *e), k in np.ndenumerate(own):
+                rows = changed[member.numbers[r]].setdefault(f"{role.name}.table_{k}", {})
+                rows[tuple(e)] = held[str(k)][row[r, *e]]
+    with whole(out) as aside:
+        shutil.copytree(reader.directory, aside, ignore=shutil.ignore_patterns("layers"))
+        sums = dict(reader.manifest["checksums"])
+        for i, of_layer in enumerate(changed):
+            leaves = reader.read_all(f"layers/{i}")
+            for name, rows in of_layer.items():
+                leaves[name] = leaves[name].copy()
+                for row, value in rows.items():
+                    leaves[name][row] = value
+            directory = aside / "layers" / str(i)
+            sums[f"layers/{i}"] = save_tree(directory, leaves, BY_EXPERT)
+        write_manifest(aside, {**reader.manifest, "checksums": sums, "tuned": dict(about)})
 
 
 def _each(params: Any, tuned: Tuned, of_planes: Any) -> Any:
@@ -174,26 +264,27 @@ def _tables(name: str, leaf: Any) -> dict[int, jax.Array]:
         raise ValueError(f"{name}: {error}") from None
 
 
-def _dense(weight: Any, tables: Mapping[str, Any]) -> jax.Array:
-    if isinstance(weight, Kernel):
-        return weight.layout.to_weight(_dense(weight.planes, tables)).astype(weight.dtype)
+def _applied(weight: Any, tables: Mapping[str, Any]) -> Any:
+    if not isinstance(weight, Kernel):
+        return _replaced(weight, lambda stack: tables[str(stack.bits)])
 
-    @jax.checkpoint
-    def values(stack, table):
-        return stack.values(*tables_lib.decode_parameters(table, stack.bits))
+    @partial(jax.checkpoint, static_argnums=1)
+    def values(planes, dtype):
+        return planes.dequantize(dtype)
 
-    made = [values(stack, tables[str(stack.bits)]) for stack in _stacks(weight)]
-    if isinstance(weight, BitPlanes):
-        return made[0]
-    starts = jnp.asarray(np.cumsum([0] + [len(stack) for stack in made])[:-1])
-    return jnp.concatenate(made)[starts[weight.stack] + weight.slot]
+    planes = _applied(weight.planes, tables)
+    return weight.layout.to_weight(values(planes, jnp.float32)).astype(weight.dtype)
 
 
 def _with_tables(weight: Any, tables: Mapping[str, Any]) -> Any:
     if isinstance(weight, Kernel):
         return replace(weight, planes=_with_tables(weight.planes, tables))
-    stacks = []
-    for stack in _stacks(weight):
-        table = tables_lib.from_parameters(tables[str(stack.bits)], stack.bits)
-        stacks.append(replace(stack, tables=(*stack.tables[:-1], table)))
+    return _replaced(
+        weight, lambda stack: tables_lib.from_parameters(tables[str(stack.bits)], stack.bits)
+    )
+
+
+def _replaced(weight: Planes, table: Callable[[BitPlanes], Any]) -> Planes:
+    """Planes whose stacks have other tables of their width."""
+    stacks = [replace(s, tables=(*s.tables[:-1], table(s))) for s in _stacks(weight)]
     return replace(weight, stacks=tuple(stacks)) if isinstance(weight, MixedPlanes) else stacks[0]

@@ -23,7 +23,6 @@ Planes never change.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
@@ -34,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mcjax import parameters, vocabulary
+from mcjax import parameters, tune, vocabulary
 from mcjax import tables as tables_lib
 from mcjax.allocate import stored_at
 from mcjax.atomic import whole
@@ -45,10 +44,6 @@ from mcjax.models.attention import Context
 from mcjax.models.decoder import Decoder, Layer
 from mcjax.models.language_model import embed, run_layer
 from mcjax.schedule import Path_, Setting, Turn, batch_of, turns
-
-RATES = {1: 8e-3, 2: 8e-3, 3: 4e-3, 4: 2e-3}
-"""The greatest learning rate of each width's log2 steps, see `table_rates`: it rises in a twentieth
-of the steps, then falls. Of wider ones the least."""
 
 FACTOR_RATE = 0.25
 """The learning rate of factors of norms and routers, in those of tables."""
@@ -256,9 +251,9 @@ class State:
         scale = min(1.0, CLIP / max(norm, 1e-30))
         for i, of_layer in enumerate(gradients):
             for (path, k), gradient in of_layer.items():
-                most = rate * RATES.get(k, min(RATES.values()))
+                most = rate * tune.RATES.get(k, min(tune.RATES.values()))
                 factor = path in self.layers[i].corrected
-                rates = most * FACTOR_RATE if factor else table_rates(most, k)
+                rates = most * FACTOR_RATE if factor else tune.table_rates(most, k)
                 table, moments = self.tables[i][path, k], self.moments[i][path, k]
                 which = turn.widths[i].get(path, np.array(k)) == k
                 made = _step(table, moments, gradient, scale, rates, which)
@@ -319,16 +314,6 @@ class State:
 
 
 _ADAM = optax.scale_by_adam(b2=0.99)
-
-
-def table_rates(rate: float, width: int) -> dict[str, float]:
-    """The learning rates of a table, by which steps and offsets move a weight about as far.
-
-    An octave of a step is ln 2 of a weight; an offset of 1 is a half span, of so many deviations of
-    a Gaussian weight.
-    """
-    half_span = tables_lib.GAUSSIAN_STEP[width] * (2**width - 1) / 2
-    return {"steps": rate, "offset": rate * math.log(2) / half_span}
 
 
 @jax.jit

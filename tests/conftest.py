@@ -76,6 +76,7 @@ QUICKLY_COMPILED = {
     "test_train.py",
     "test_tree.py",
     "test_tune.py",
+    "test_tune_lm.py",
     "test_vision.py",
     "test_vision_models.py",
     "test_vocabulary.py",

@@ -4,6 +4,7 @@ Readers answer damage with a clear error or with what was there; a killed run th
 what an unbroken one writes. `uv run pytest -m slow tests/test_faults.py` does it a thousand times.
 """
 
+import dataclasses
 import json
 import os
 import shutil
@@ -15,10 +16,14 @@ import time
 import jax
 import numpy as np
 import pytest
+from test_train import RECIPE, TRAIN
+from tokenizers import ByteLevelBPETokenizer
 
 import mcjax
-from mcjax import checkpoint
-from mcjax.hub import Folder
+from mcjax import bench, checkpoint
+from mcjax.hub import Folder, write
+from mcjax.models import weights
+from mcjax.models.families import describe
 
 few = pytest.param(30, id="few")
 SECONDS = 20
@@ -167,14 +172,14 @@ def run_killed(arguments, seconds):
     return True
 
 
-def lived(arguments, work):
-    """Runs a command to its end: seconds until it begins to work, and in all."""
+def lived(arguments, sign):
+    """Runs a command to its end: seconds until a file says that it works, and in all."""
     start, begun = time.monotonic(), None
     process = subprocess.Popen(
         list(map(str, arguments)), stderr=subprocess.PIPE, text=True, env=environment()
     )
     while process.poll() is None:
-        if begun is None and (work / "identity.json").exists():
+        if begun is None and sign.exists():
             begun = time.monotonic() - start
         time.sleep(0.01)
     assert process.returncode == 0, process.stderr.read()[-2000:]
@@ -191,7 +196,7 @@ def test_killed_at_random(model_folder, text_file, tmp_path, effort):
     options = ("--effort", effort)
     for name in ("compiled", "whole"):  # the second finds its programs, as those after it do
         arguments = command(model_folder, text_file, tmp_path / name, *options)
-        begun, whole = lived(arguments, tmp_path / f".{name}.work")
+        begun, whole = lived(arguments, tmp_path / f".{name}.work" / "identity.json")
     rng, out = np.random.default_rng(0), tmp_path / "broken"
     again = command(model_folder, text_file, out, *options, "--resume")
     kills = 0
@@ -203,4 +208,62 @@ def test_killed_at_random(model_folder, text_file, tmp_path, effort):
     expected, got = (checkpoint.ArtifactReader(tmp_path / name) for name in ("whole", "broken"))
     assert got.manifest == expected.manifest
     checkpoint.verify(got)
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.slow
+def test_training_killed_at_random(text_file, tmp_path):
+    """At any step and while checkpoints are written; the parameters are the same to the bit."""
+    config = tmp_path / "config.py"
+    recipe = dataclasses.replace(RECIPE, steps=60, save_every=1, evaluate_every=60)
+    config.write_text(
+        f"from recipe import LanguageRecipe\nrecipe = LanguageRecipe(**{vars(recipe)})\n"
+    )
+    script = TRAIN / "moe_lm.py"
+
+    def arguments(out, *more):
+        return [
+            sys.executable,
+            script,
+            "--config",
+            config,
+            "--text",
+            text_file,
+            "--out",
+            out,
+            *more,
+        ]
+
+    for name in ("compiled", "whole"):  # the second finds its programs, as those after it do
+        begun, whole = lived(arguments(tmp_path / name), tmp_path / name / "recipe.json")
+    rng, kills, out = np.random.default_rng(0), 0, tmp_path / "broken"
+    while not run_killed(arguments(out, "--resume"), begun + rng.uniform(0, 0.4) * (whole - begun)):
+        kills += 1
+        assert kills < 60, "it makes no progress"
+    print(f"killed {kills} times, {begun:.0f} to {whole:.0f} seconds")
+    assert kills >= 3
+    assert equal(*(Folder(tmp_path / name / "model").read() for name in ("whole", "broken")))
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"compiled", "whole", "broken", "config.py"}
+
+
+@pytest.mark.slow
+def test_large_layers_get_done_between_kills(text_file, tmp_path):
+    """The model that `mcjax bench` decodes, 195 million parameters, killed every 20 seconds."""
+    folder, out = tmp_path / "model", tmp_path / "out"
+    config = bench.MOE
+    params = weights.init(describe(config)[1], jax.random.key(0))
+    folder.mkdir()
+    write(folder, config, params)
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train([str(text_file)], vocab_size=300, show_progress=False)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    options = ("--calibration", text_file, "--samples", 8, "--seq-len", 128, "--max-bits", 4)
+    command = [sys.executable, "-c", "from mcjax import cli; cli.program()", "compress"]
+    kills = 0
+    while not run_killed([*command, folder, out, *options, "--resume"], 20):
+        kills += 1
+        print(f"kill {kills}: {len(list((tmp_path / '.out.work').glob('layer_*')))} layers")
+        assert kills < 60, "it makes no progress"
+    checkpoint.verify(checkpoint.ArtifactReader(out))
     assert not list(tmp_path.glob(".*"))

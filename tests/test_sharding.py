@@ -17,12 +17,12 @@ from small_models import small_config, small_model, with_tokenizer
 
 import mcjax
 from mcjax import sharding
+from mcjax.checkpoint import ArtifactReader
 from mcjax.compress import compress
 from mcjax.generate import generate
 from mcjax.models import weights
 from mcjax.models.families import describe
 from mcjax.parameters import Spread
-from mcjax.speculate import self_draft
 
 TESTS = str(Path(__file__).parent)
 
@@ -80,6 +80,7 @@ def test_planes_on_a_mesh(artifact):
     """Five experts on four devices; what travels is never a plane."""
     run(
         """
+        from mcjax import speculate
         from mcjax.generate import generate
         rng = np.random.default_rng(0)
         tokens = rng.integers(0, 300, (4, 10)).astype(np.int32)
@@ -94,6 +95,13 @@ def test_planes_on_a_mesh(artifact):
         np.testing.assert_allclose(model(tokens[:1]), expected[:1], atol=2e-5)
         got = np.stack(list(generate(model.module, model.params, prompts, 6)))
         np.testing.assert_array_equal(got, written)
+        draft, tally = speculate.self_draft(model, 1, length=2), speculate.Tally()
+        drafted = generate(model.module, model.params, prompts, 6, draft=draft, tally=tally)
+        np.testing.assert_array_equal(np.stack(list(drafted)), written)
+        alone = speculate.self_draft(one, 1, length=2)
+        logits = [d.module.apply({"params": d.params}, tokens) for d in (draft, alone)]
+        np.testing.assert_allclose(*logits, atol=2e-5)
+        assert tally.drafted > 0
 
         for precision in {"budget": "350kB"}, {"budget": 2.25}:
             one, model = one.refine(**precision), model.refine(**precision)
@@ -200,6 +208,36 @@ def test_rows_find_their_experts(ragged):
     )
 
 
+def test_devices_share_the_experts_that_are_compressed(model_folder, text_file, artifact, tmp_path):
+    """Each has some of them, and the artifact is the same."""
+    run(
+        """
+        from mcjax import quantize_layer
+        from mcjax.compress import compress
+        usual, used = quantize_layer.quantize, set()
+        def quantize(*given, **options):
+            made = usual(*given, **options)
+            used.update(made.planes.devices())
+            return made
+        quantize_layer.quantize = quantize
+        compress(*sys.argv[1:4], max_bits=3, group_size=32, samples=16, seq_len=64)
+        assert len(used) == 5, used
+        """,
+        model_folder,
+        tmp_path / "out",
+        text_file,
+    )
+    got, expected = (ArtifactReader(path) for path in (tmp_path / "out", artifact))
+    for name in ("error", "frequency", "slope"):
+        values = (reader.manifest["statistics"][name] for reader in (got, expected))
+        np.testing.assert_allclose(*values, rtol=1e-3)
+    for i in range(2):
+        leaves, wanted = (reader.read_all(f"layers/{i}") for reader in (got, expected))
+        for name, leaf in leaves.items():
+            if "plane" in name:
+                assert np.mean(leaf == wanted[name]) > 0.99, name
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_places_hold_about_equal_bytes(data):
@@ -258,8 +296,6 @@ def test_rules():
 def test_one_device_is_a_mesh_too(artifact):
     tokens = np.arange(12).reshape(2, 6)
     model = mcjax.load(artifact, budget=2.25, mesh=mesh(data=1, expert=1, model=1))
-    with pytest.raises(ValueError, match="on a mesh"):
-        self_draft(model, 1)
     adapters = mcjax.lora.init(jax.random.key(0), model.params, rank=2)
     adapted = mcjax.lora.apply(model.params, adapters)
     with pytest.raises(ValueError, match="adapters, whose experts are in their order"):

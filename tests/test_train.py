@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -150,6 +151,51 @@ assert mine < total / 5, (mine, total)
     loss, z = names.index("loss"), names.index("z")
     for at in (loss, z):
         np.testing.assert_allclose(np.array(found[0])[:, at], np.array(found[1])[:, at], rtol=2e-3)
+
+
+RESUMED = """
+import sys, test_train as t, loop, moe_lm
+out, text, mesh, stop = sys.argv[1:]
+row = moe_lm.FileCorpus.row
+def crash(self, seed, step, i):
+    if step == int(stop):
+        raise RuntimeError("power cut")
+    return row(self, seed, step, i)
+moe_lm.FileCorpus.row = crash
+recipe = t.dataclasses.replace(t.RECIPE, steps=22, log_every=1, evaluate_every=22)
+sizes = loop.mesh_sizes(mesh)
+moe_lm.train(recipe, t.Path(out), text=[text], resume=True, mesh=sizes)
+"""
+
+
+@pytest.mark.slow
+def test_a_state_goes_on_under_any_mesh(tmp_path, text_file):
+    """Twenty steps from one checkpoint, on three meshes."""
+
+    def run(out, mesh, stop=-1):
+        devices = np.prod(list(loop.mesh_sizes(mesh).values()))
+        flags = f"--xla_force_host_platform_device_count={devices}"
+        paths = os.pathsep.join([str(TRAIN), str(Path(__file__).parent)])
+        return subprocess.run(
+            [sys.executable, "-c", RESUMED, str(out), str(text_file), mesh, str(stop)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": paths},
+        )
+
+    first, losses = tmp_path / "first", {}
+    assert "power cut" in run(first, "data=2,expert=2", stop=2).stderr
+    assert os.listdir(first / "checkpoints") == ["2"]
+    for mesh in ("data=2,expert=2", "data=4", "data=1,expert=2,model=2"):
+        shutil.copytree(first, tmp_path / mesh)
+        done = run(tmp_path / mesh, mesh)
+        assert done.returncode == 0, done.stderr[-2000:]
+        lines = (tmp_path / mesh / "metrics.csv").read_text().splitlines()
+        at = lines[0].split(",").index("loss")
+        losses[mesh] = [float(line.split(",")[at]) for line in lines[1:]]
+        assert len(losses[mesh]) == 22
+    for mesh in losses:
+        np.testing.assert_allclose(losses[mesh], losses["data=2,expert=2"], rtol=2e-3)
 
 
 def test_losses_by_hand():

@@ -166,7 +166,7 @@ def test_steps_and_offsets_move_a_weight_as_far(width):
     table = tables.to_parameters(planes.tables[0])
 
     def size(name):
-        other = table | {name: table[name] + tune_artifact.table_rates(0.5, width)[name]}
+        other = table | {name: table[name] + tune.table_rates(0.5, width)[name]}
         change = planes.values(*tables.decode_parameters(other, width)) - values
         return float(np.sqrt(np.mean(change**2)))
 
@@ -233,7 +233,7 @@ def test_the_best_effort(model_folder, text_file, dense, windows, tmp_path, monk
     """It keeps planes, lowers divergence at every width, and resumes where it was killed."""
     monkeypatch.setattr(schedule, "STEPS", {1: 6})
     monkeypatch.setattr(schedule, "MIXED_STEPS", 6)
-    monkeypatch.setattr(tune_artifact, "RATES", {1: 2e-2})
+    monkeypatch.setattr(tune, "RATES", {1: 2e-2})
     monkeypatch.setattr(schedule, "MOST_TIMES", 1)
     monkeypatch.setattr(schedule, "STEP_TOKENS", 1024)
     monkeypatch.setattr(tune_artifact, "KEEP_EVERY", 4)

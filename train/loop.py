@@ -148,20 +148,6 @@ def state_shardings(
     return State(each, own, moments, jax.tree.map(lambda _: each, like.extra))
 
 
-def everywhere(tree: Any) -> Any:
-    """Arrays of this host of a tree that devices of many share; every process must ask."""
-    from jax.experimental import multihost_utils
-
-    return jax.tree.map(
-        lambda a: (
-            np.asarray(a)
-            if a.is_fully_addressable or a.is_fully_replicated
-            else np.asarray(multihost_utils.process_allgather(a, tiled=True))
-        ),
-        tree,
-    )
-
-
 def fit(
     directory: Path,
     state: State,

@@ -31,7 +31,6 @@ from loop import (
     command_line,
     data_mesh,
     device_mesh,
-    everywhere,
     fit,
     global_batch,
     mesh_sizes,
@@ -42,6 +41,7 @@ from recipe import LanguageRecipe
 
 from mcjax import sharding
 from mcjax.atomic import whole
+from mcjax.hosts import everywhere
 from mcjax.hub import write
 from mcjax.models import weights
 from mcjax.models.decoder import Decoder, Routed

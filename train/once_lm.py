@@ -28,7 +28,6 @@ from loop import (
     adamw,
     data_mesh,
     device_mesh,
-    everywhere,
     fit,
     global_batch,
     join,
@@ -42,6 +41,7 @@ from moe_lm import MESH, FileCorpus, check_shared
 from mcjax import bitplane, checkpoint, parameters, qat, serving, sharding, text
 from mcjax.bitplane import BitPlanes, MixedPlanes
 from mcjax.compress import compress
+from mcjax.hosts import everywhere
 from mcjax.hub import Folder
 from mcjax.models import weights
 from mcjax.models.decoder import Decoder

@@ -20,9 +20,9 @@ from mcjax.models.latent import Latents, latent
 from mcjax.models.norms import rms_norm
 from mcjax.models.recurrent import Recurrent, convolution
 from mcjax.models.rope import STRETCHED
-from mcjax.ops import Columns, Fragment, narrow_dot
+from mcjax.ops import Columns, narrow_dot
 from mcjax.ops.columns import held, within
-from mcjax.ops.fragments import WHOLE, put_together
+from mcjax.ops.fragments import WHOLE, passing, put_together
 from mcjax.ops.linear import automatic
 from mcjax.sharding import Sharding, cache_partition, divided, partition
 
@@ -199,8 +199,8 @@ def _forward(
 
         if remat:
             period = jax.checkpoint(period)
-        elif any(isinstance(w, Fragment) for w in jax.tree.leaves(params[name], is_leaf=_cut)):
-            # What devices put together for a layer they do so again on the way back.
+        elif any(map(passing, jax.tree.leaves(params[name], is_leaf=passing))):
+            # What is put together for a layer is so again on the way back.
             policy = jax.checkpoint_policies.save_anything_except_these_names(WHOLE)
             period = jax.checkpoint(period, policy=policy)
         carry = (x, None if cache is None else cache[name])
@@ -214,10 +214,6 @@ def _forward(
         x = jnp.take_along_axis(x, only[:, None, None], axis=1)
     head = outside["embedding" if decoder.tied else "head"]
     return predict(decoder, outside["norm"], held(head), x), cache, tapped
-
-
-def _cut(leaf: Any) -> bool:
-    return isinstance(leaf, Fragment)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))

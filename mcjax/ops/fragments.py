@@ -1,4 +1,7 @@
-"""An array of which each device holds a part, whole only for as long as it is used."""
+"""Arrays that are whole only for as long as they are used.
+
+Of some each device holds a part, others are made of planes whose tables train.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,11 @@ from typing import Any
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
+from mcjax.bitplane import MixedPlanes, Planes
 from mcjax.ops.columns import within
 
 WHOLE = "whole"
-"""What gathered arrays are called, for policies of `jax.checkpoint`."""
+"""What these arrays are called, for policies of `jax.checkpoint`."""
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["part"], meta_fields=["axes", "at"])
@@ -35,14 +39,27 @@ class Fragment:
         part = self.part.astype(dtype)
         if not all(map(within, self.axes)):
             return part
-        whole = jax.lax.all_gather(part, self.axes, axis=part.ndim + self.at, tiled=True)
-        return checkpoint_name(whole, WHOLE)
+        return jax.lax.all_gather(part, self.axes, axis=part.ndim + self.at, tiled=True)
+
+
+def passing(leaf: Any) -> bool:
+    """Whether a leaf of weights is an array only for as long as that is used."""
+    return isinstance(leaf, Fragment) or (isinstance(leaf, Planes) and leaf.trains)
 
 
 def put_together(tree: Any, dtype: Any) -> Any:
-    """The tree with every `Fragment` whole."""
-    return jax.tree.map(
-        lambda leaf: leaf.whole(dtype) if isinstance(leaf, Fragment) else leaf,
-        tree,
-        is_leaf=lambda leaf: isinstance(leaf, Fragment),
-    )
+    """The tree with all that is `passing` as arrays of `dtype`."""
+
+    def whole(leaf):
+        if not passing(leaf):
+            return leaf
+        made = leaf.whole(dtype) if isinstance(leaf, Fragment) else _values(leaf, dtype)
+        return checkpoint_name(made, WHOLE)
+
+    return jax.tree.map(whole, tree, is_leaf=passing)
+
+
+@partial(jax.checkpoint, static_argnums=1)
+def _values(planes: Planes, dtype: Any) -> jax.Array:
+    """The weight, of which the way back keeps planes and tables and nothing between."""
+    return planes.few(dtype) if isinstance(planes, MixedPlanes) else planes.dequantize(dtype)
