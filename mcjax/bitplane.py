@@ -300,15 +300,33 @@ class MixedPlanes:
         ]
         return jnp.concatenate(stacks)[starts[self.stack] + self.slot]
 
-    def few(self, dtype: Any = jnp.float32) -> jax.Array:
-        """As `dequantize`, of stacks that hold many more weights than these."""
-        made: Any = None
-        for s, (stack, width) in enumerate(zip(self.stacks, self.reads, strict=True)):
-            row = jnp.minimum(self.slot, stack.shape[0] - 1)
-            own = jax.tree.map(lambda a, row=row: a[row], stack).at_width(width).dequantize(dtype)
-            mine = (self.stack == s).reshape(*self.stack.shape, 1, 1)
-            made = own if made is None else jnp.where(mine, own, made)
-        return made
+    def dequantize_each(self, dtype: Any = jnp.float32) -> jax.Array:
+        """As `dequantize`, one weight [d_in, d_out] after another, reading no others' planes."""
+        if not self.stack.ndim:
+            return self.choose(lambda one: one.dequantize(dtype))
+        # Tables, which may have gradients, are looked up together: each has them added up once.
+        row = [jnp.minimum(self.slot.reshape(-1), stack.shape[0] - 1) for stack in self.stacks]
+        tables = [
+            jax.tree.map(lambda a, own=own: a[own], stack.tables)
+            for stack, own in zip(self.stacks, row, strict=True)
+        ]
+
+        def branch(s, tables):
+            def make(slot):
+                planes = _at(self.stacks[s].planes, slot)
+                own = replace(self.stacks[s], planes=planes, tables=tables[s])
+                return own.at_width(self.reads[s]).dequantize(dtype)
+
+            return make
+
+        @jax.checkpoint
+        def one(given):
+            stack, slot, tables = given
+            branches = [branch(s, tables) for s in range(len(self.stacks))]
+            return jax.lax.switch(stack, branches, slot)
+
+        each = jax.lax.map(one, (self.stack.reshape(-1), self.slot.reshape(-1), tables))
+        return each.reshape(self.shape)
 
     def __repr__(self) -> str:
         held = ", ".join(f"{s.shape[0]} of {s.bits} bits" for s in self.stacks)

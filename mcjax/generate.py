@@ -17,14 +17,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from mcjax import odp, serving, speculate
 from mcjax.checkpoint import MANIFEST
 from mcjax.hub import Checkpoint, local
 from mcjax.sampling import Sampling, sample
-from mcjax.speculate import Draft, Tally, hold_in_loop, self_draft
+from mcjax.speculate import Draft, Tally, hold_in_loop, on_every_device, self_draft
 from mcjax.text import beginning, end_tokens, open_tokenizer, unknown_ids
 
 PREFILL_CHUNK = 512
@@ -57,7 +55,7 @@ def prefill(
         raise ValueError(f"a prefill's chunk must be at least 1 token, got {chunk}")
     if tokens.shape[1] <= chunk:
         logits, cache = module.apply({"params": params}, tokens, None, cache, length, length - 1)
-        return _everywhere(module, sample(key, logits[:, 0], sampling)), cache
+        return on_every_device(module, sample(key, logits[:, 0], sampling)), cache
     count = -(-tokens.shape[1] // chunk)
     tokens = jnp.pad(tokens, ((0, 0), (0, count * chunk - tokens.shape[1])))
 
@@ -75,21 +73,14 @@ def prefill(
 
     logits = jnp.zeros((tokens.shape[0], module.config.vocab_size), module.dtype)
     (cache, logits), _ = jax.lax.scan(read, (cache, logits), jnp.arange(count))
-    return _everywhere(module, sample(key, logits, sampling)), cache
+    return on_every_device(module, sample(key, logits, sampling)), cache
 
 
 @partial(jax.jit, static_argnames=("module", "sampling"), donate_argnames="cache")
 def decode(module: nn.Module, params, token, position, cache, key, sampling: Sampling):
     """Reads one token [B] at positions [B]; returns the next tokens [B] and the cache."""
     logits, cache = module.apply({"params": params}, token[:, None], position[:, None], cache)
-    return _everywhere(module, sample(key, logits[:, 0], sampling)), cache
-
-
-def _everywhere(module: nn.Module, tokens: jax.Array) -> jax.Array:
-    """Tokens on every device of a mesh, so that every process can read all of them."""
-    if getattr(module, "shared", None) is None:
-        return tokens
-    return jax.lax.with_sharding_constraint(tokens, NamedSharding(module.shared.mesh, P()))
+    return on_every_device(module, sample(key, logits[:, 0], sampling)), cache
 
 
 def generate(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from queue import SimpleQueue
 from typing import Any, NamedTuple
@@ -38,7 +39,7 @@ ATTENTION_WIDTHS = (2, 3, 4, 8)
 """Of what no budget in bits is about."""
 
 GRAM_BYTES = 1 << 29
-"""What the Gram matrices of experts may take at once, unless asked otherwise."""
+"""What the Gram matrices of experts may take at once on a device, unless asked otherwise."""
 
 EXPERT_WEIGHTS = ("gate", "up", "down")
 
@@ -56,7 +57,8 @@ class Options(NamedTuple):
       rotated: whether inputs are rotated.
       sweeps: rounds of descent.
       chunk: weights that are worked on at once.
-      gram_bytes: what the Gram matrices of experts may take at once, see `experts_at_once`.
+      gram_bytes: what the Gram matrices of experts may take at once on a device, see
+        `experts_at_once`.
     """
 
     max_bits: int
@@ -212,29 +214,35 @@ def _by_blocks(layer: Layer, dense: Any, seen, make, gram_bytes: int):
     This process's devices each take a block of experts, and the next one when that is done.
     """
     count, *features = dense["gate"].shape
-    devices = jax.local_devices()
     step = experts_at_once(count, features, gram_bytes)
     tokens, chosen = sum(len(s.x) for s in seen), seen[0].experts.shape[1]
     share = ERROR_ROWS * count / (chosen * tokens)
     some_seen = [sampled(s, round(share * len(s.x))) for s in seen]
 
-    def block(first):
+    def block(device, first):
         some = slice(first, first + step)
-        mine = jax.tree.map(lambda w: w[some], dense)
-        made = make(some, mine)
-        measure = partial(expert_errors, layer.block.activation, mine, made)
-        error = np.asarray(sum(measure(batch, first) for batch in some_seen))
-        return jax.device_get(made), error
+        mine = jax.tree.map(lambda w: w[some], dense)  # cut where all of them are
+        with nullcontext() if device is None else jax.default_device(device):
+            mine = jax.device_put(mine, device)
+            made = make(some, mine)
+            measure = partial(expert_errors, layer.block.activation, mine, made)
+            error = np.asarray(sum(measure(batch, first) for batch in some_seen))
+            return jax.device_get(made), error
 
-    parts, errors = zip(*_on_each(devices, block, range(0, count, step)), strict=True)
+    parts, errors = zip(*_on_devices(block, range(0, count, step)), strict=True)
     whole_layer = jax.tree.map(lambda *a: np.concatenate(a), *parts)
     return whole_layer, np.concatenate(errors)
 
 
-def _on_each(devices: Sequence[Any], function: Callable[[int], Any], items: Iterable[int]) -> Any:
-    """Results of a function in order, of as many items at once as there are devices."""
-    if len(devices) == 1:
-        return map(function, items)
+def _on_devices(function: Callable[[Any, int], Any], items: Sequence[int]) -> Iterable[Any]:
+    """Results of ``function(device, item)`` in order, an item at a time on each device.
+
+    The device is None where there is one, or where the caller has chosen it.
+    """
+    devices = jax.local_devices()
+    chosen = jax.config.jax_default_device is not None  # type: ignore[attr-defined]
+    if len(devices) == 1 or len(items) == 1 or chosen:
+        return map(partial(function, None), items)
     idle: SimpleQueue = SimpleQueue()
     for device in devices:
         idle.put(device)
@@ -242,8 +250,7 @@ def _on_each(devices: Sequence[Any], function: Callable[[int], Any], items: Iter
     def on_one(item):
         device = idle.get()
         try:
-            with jax.default_device(device):
-                return function(item)
+            return function(device, item)
         finally:
             idle.put(device)
 

@@ -21,8 +21,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from mcjax import checkpoint, parameters
+from mcjax import allocate, checkpoint, parameters
 from mcjax.models.attention import DRAFTED
 from mcjax.models.language_model import LanguageModel
 from mcjax.models.recurrent import Recurrent
@@ -87,14 +89,15 @@ def self_draft(model: Model, bits: int, length: int = 4) -> Draft:
     if bits not in stored:
         raise ValueError(f"draft bits {bits} is not one of this artifact's widths {stored}")
     act_bits = choice.draft_act_bits(device.platform(), model.module.act_bits)
-    widest = int(model.allocation.max())
+    widths = model.widths
+    widest = int(allocate.to_experts(model.module.decoder, widths).max())
     if bits >= widest and act_bits == model.module.act_bits:
         raise ValueError(
             f"draft bits {bits} must be below the widest expert's {widest} bits: "
             "the draft would be the model itself"
         )
     shared = model.module.shared
-    params = parameters.read_draft_tables(reader, model.params, model.widths, bits, shared)
+    params = parameters.read_draft_tables(reader, model.params, widths, bits, shared)
     return Draft(module=model.module.clone(act_bits=act_bits), params=params, length=length)
 
 
@@ -104,6 +107,14 @@ def hold_in_loop(tokens: jax.Array, params: Any) -> tuple[jax.Array, Any]:
     Else XLA dequantises the attention's weights of all layers before the loop and keeps them.
     """
     return jax.lax.optimization_barrier((tokens, params))
+
+
+def on_every_device(module: Any, tokens: jax.Array) -> jax.Array:
+    """Tokens on every device of a model's mesh, so that every process can read all of them."""
+    shared = getattr(module, "shared", None)
+    if shared is None:
+        return tokens
+    return jax.lax.with_sharding_constraint(tokens, NamedSharding(shared.mesh, P()))
 
 
 def draft_tokens(
@@ -240,7 +251,7 @@ def step(
     tokens, accepted = accept(accept_key, drafted, draft_logits, logits, sampling)
     states = iter(jax.tree.leaves(seen, is_leaf=_is_recurrent))
     cache = _recurrent(lambda _, __: _after(next(states), accepted), cache, cache)
-    return tokens, accepted, cache
+    return *(on_every_device(module, made) for made in (tokens, accepted)), cache
 
 
 def _is_recurrent(node: Any) -> bool:

@@ -22,7 +22,6 @@ import math
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +39,7 @@ from mcjax.hosts import everywhere
 from mcjax.leaves import named, replaced, some
 from mcjax.models import weights
 from mcjax.models.decoder import Decoder
+from mcjax.ops.fragments import values
 from mcjax.tree.kernel import Kernel, holds_planes
 
 Tuned = dict[str, dict[str, Any]]
@@ -99,7 +99,7 @@ def small(decoder: Decoder) -> list[str]:
 
 
 def apply(params: Any, tuned: Tuned) -> Any:
-    """Parameters that compute with what was tuned, differentiable in `tuned`.
+    """Parameters that compute with what was tuned, every weight dense, differentiable in `tuned`.
 
     Weights are made anew where they are wanted again, so that no bit is kept for a gradient.
 
@@ -108,15 +108,32 @@ def apply(params: Any, tuned: Tuned) -> Any:
       tuned: like what it gave.
 
     Returns:
-      A tree for the same function, every weight dense and of the type that it had. A language
-      model's stay planes, with tables that train: each layer makes arrays of its own when it is its
-      turn, on a mesh each device of what it holds. Such a model has no `act_bits`, which are for
-      planes.
+      A tree of arrays of the types that they had, for the same function; for a language model
+      without `act_bits`, which are for planes.
 
     Raises:
       ValueError: if `tuned` is of another tree or of other widths.
     """
-    return _each(params, tuned, _applied)
+    return _each(params, tuned, _dense)
+
+
+def with_tables(params: Any, tuned: Tuned) -> Any:
+    """Parameters of a language model with what was tuned as their tables, differentiable in it.
+
+    Each layer makes arrays of its planes when it is its turn, there and back, so that one is dense
+    at a time; on a mesh each device makes those of its own planes.
+
+    Args:
+      params: as `init` was given, on a mesh where `mcjax.load` has put them.
+      tuned: like what it gave.
+
+    Returns:
+      A tree for the same model without `act_bits`, which are for planes that do not train.
+
+    Raises:
+      ValueError: as `apply`.
+    """
+    return _each(params, tuned, _trained)
 
 
 def write(params: Any, tuned: Tuned) -> Any:
@@ -155,18 +172,19 @@ def rates(tuned: Tuned) -> dict[str, Any]:
 def save(model: Any, tuned: Tuned, out: str | Path, about: Mapping[str, Any]) -> None:
     """Writes the artifact that a model is of, with what was tuned in place of the tables it reads.
 
-    Planes and all other tables stay, so it serves every budget, this one as tuned; what parts cost
-    is not measured anew. Of several processes all must ask, and the first writes.
+    Planes and all other tables stay, so it serves every budget: this one as tuned, and others with
+    the same tables wherever a weight has the same width. What parts cost is not measured anew. Of
+    several processes all must ask, and the first writes.
 
     Args:
       model: a `mcjax.Model` of an artifact.
-      tuned: of its tables alone.
+      tuned: of its tables alone, `init(model.params, ())`.
       out: the artifact to write; must not exist.
-      about: what the manifest keeps of how that was trained, under "tuned", JSON-ready.
+      about: what the manifest adds to its list "tuned" of how that was trained, JSON-ready.
 
     Raises:
-      ValueError: if `out` exists, or norms, routers or biases were tuned too, which all widths
-        share.
+      ValueError: if `out` exists, or `tuned` is of another tree or other widths, or has norms,
+        routers or biases, which all widths share.
     """
     out = Path(out)
     if tuned["others"]:
@@ -177,9 +195,11 @@ def save(model: Any, tuned: Tuned, out: str | Path, about: Mapping[str, Any]) ->
     if out.exists():
         raise ValueError(f"{out} exists; remove it or choose another place")
     decoder, widths = model.module.decoder, model.widths
+    names, written, _ = named(write(model.params, tuned), holds_planes)
     tables = {
-        name: {k: everywhere(tables_lib.from_parameters(t, int(k))) for k, t in of.items()}
-        for name, of in tuned["tables"].items()
+        name: {k: everywhere(table) for k, table in _tables(name, weight).items()}
+        for name, weight in zip(names, written, strict=True)
+        if name in tuned["tables"]
     }
     if jax.process_index():
         return
@@ -194,19 +214,20 @@ def save(model: Any, tuned: Tuned, out: str | Path, about: Mapping[str, Any]) ->
             held = tables["/".join(member.path + role.path)]
             for (r, *e), k in np.ndenumerate(own):
                 rows = changed[member.numbers[r]].setdefault(f"{role.name}.table_{k}", {})
-                rows[tuple(e)] = held[str(k)][row[r, *e]]
+                rows[tuple(e)] = held[int(k)][row[r, *e]]
     with whole(out) as aside:
         shutil.copytree(reader.directory, aside, ignore=shutil.ignore_patterns("layers"))
         sums = dict(reader.manifest["checksums"])
         for i, of_layer in enumerate(changed):
-            leaves = reader.read_all(f"layers/{i}")
+            leaves: Any = reader.read_all(f"layers/{i}")
             for name, rows in of_layer.items():
                 leaves[name] = leaves[name].copy()
                 for row, value in rows.items():
                     leaves[name][row] = value
             directory = aside / "layers" / str(i)
             sums[f"layers/{i}"] = save_tree(directory, leaves, BY_EXPERT)
-        write_manifest(aside, {**reader.manifest, "checksums": sums, "tuned": dict(about)})
+        told = [*reader.manifest.get("tuned", ()), dict(about)]
+        write_manifest(aside, {**reader.manifest, "checksums": sums, "tuned": told})
 
 
 def _each(params: Any, tuned: Tuned, of_planes: Any) -> Any:
@@ -241,7 +262,7 @@ def divergence(
       target: float [B, T, vocab], the other one's logits.
     """
     dense = module.clone(act_bits=None)
-    logits = dense.apply({"params": apply(params, tuned)}, tokens)
+    logits = dense.apply({"params": with_tables(params, tuned)}, tokens)
     return logits_divergence(target, logits)
 
 
@@ -264,16 +285,14 @@ def _tables(name: str, leaf: Any) -> dict[int, jax.Array]:
         raise ValueError(f"{name}: {error}") from None
 
 
-def _applied(weight: Any, tables: Mapping[str, Any]) -> Any:
-    if not isinstance(weight, Kernel):
-        return _replaced(weight, lambda stack: tables[str(stack.bits)])
+def _dense(weight: Any, tables: Mapping[str, Any]) -> jax.Array:
+    if isinstance(weight, Kernel):
+        return weight.layout.to_weight(_dense(weight.planes, tables)).astype(weight.dtype)
+    return values(_trained(weight, tables), jnp.float32)
 
-    @partial(jax.checkpoint, static_argnums=1)
-    def values(planes, dtype):
-        return planes.dequantize(dtype)
 
-    planes = _applied(weight.planes, tables)
-    return weight.layout.to_weight(values(planes, jnp.float32)).astype(weight.dtype)
+def _trained(weight: Any, tables: Mapping[str, Any]) -> Planes:
+    return _replaced(weight, lambda stack: tables[str(stack.bits)])
 
 
 def _with_tables(weight: Any, tables: Mapping[str, Any]) -> Any:

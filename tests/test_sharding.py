@@ -58,9 +58,10 @@ FAMILY = """
 """A model's logits on a mesh against those on one device."""
 
 
-def run(program, *arguments):
-    """A program in a process that has eight devices."""
-    program = textwrap.dedent(BEGIN) + textwrap.dedent(program)
+def run(program, *arguments, devices=8):
+    """A program in a process that has eight devices, or so many."""
+    begin = textwrap.dedent(BEGIN).replace("device_count=8", f"device_count={devices}")
+    program = begin + textwrap.dedent(program)
     done = subprocess.run(
         [sys.executable, "-c", program, *map(str, arguments)],
         capture_output=True,
@@ -99,8 +100,9 @@ def test_planes_on_a_mesh(artifact):
         drafted = generate(model.module, model.params, prompts, 6, draft=draft, tally=tally)
         np.testing.assert_array_equal(np.stack(list(drafted)), written)
         alone = speculate.self_draft(one, 1, length=2)
-        logits = [d.module.apply({"params": d.params}, tokens) for d in (draft, alone)]
-        np.testing.assert_allclose(*logits, atol=2e-5)
+        def exact(draft):  # few rows round otherwise than many
+            return draft.module.clone(act_bits=None).apply({"params": draft.params}, tokens)
+        np.testing.assert_allclose(exact(draft), exact(alone), atol=2e-5)
         assert tally.drafted > 0
 
         for precision in {"budget": "350kB"}, {"budget": 2.25}:
@@ -221,11 +223,12 @@ def test_devices_share_the_experts_that_are_compressed(model_folder, text_file, 
             return made
         quantize_layer.quantize = quantize
         compress(*sys.argv[1:4], max_bits=3, group_size=32, samples=16, seq_len=64)
-        assert len(used) == 5, used
+        assert len(used) == 2, used
         """,
         model_folder,
         tmp_path / "out",
         text_file,
+        devices=2,
     )
     got, expected = (ArtifactReader(path) for path in (tmp_path / "out", artifact))
     for name in ("error", "frequency", "slope"):
@@ -234,8 +237,9 @@ def test_devices_share_the_experts_that_are_compressed(model_folder, text_file, 
     for i in range(2):
         leaves, wanted = (reader.read_all(f"layers/{i}") for reader in (got, expected))
         for name, leaf in leaves.items():
-            if "plane" in name:
-                assert np.mean(leaf == wanted[name]) > 0.99, name
+            if name.endswith(("plane_0", "plane_1", "plane_2")):
+                other = np.unpackbits((leaf ^ wanted[name]).view(np.uint8))
+                assert other.mean() < 0.01, name
 
 
 @settings(max_examples=25, deadline=None)
@@ -313,8 +317,12 @@ def test_two_processes(artifact, tmp_path):
         logits = model(np.arange(40).reshape(4, 10) % 300)
         for shard in logits.addressable_shards:
             np.save(f"{sys.argv[4]}/{shard.index[0].start}.npy", shard.data)
-        made = generate(model.module, model.params, [[1, 2, 3], [4, 5], [6], [7, 8]], 4)
-        said = [np.stack(list(made)).tolist(), model.bytes_read, model.average_bits]
+        prompts = [[1, 2, 3], [4, 5], [6], [7, 8]]
+        made = list(generate(model.module, model.params, prompts, 4))
+        from mcjax.speculate import self_draft
+        drafted = generate(model.module, model.params, prompts, 4, draft=self_draft(model, 1))
+        np.testing.assert_array_equal(np.stack(list(drafted)), np.stack(made))
+        said = [np.stack(made).tolist(), model.bytes_read, model.average_bits]
         for precision in {"budget": 1.5}, {"bits": 3}:
             model = model.refine(**precision)
             logits = model(np.arange(40).reshape(4, 10) % 300)

@@ -10,10 +10,12 @@ import numpy as np
 import optax
 import pytest
 from conftest import CONFIG
+from small_models import small_model, with_tokenizer
 
 import mcjax
 from mcjax import allocate, checkpoint, compress, schedule, tables, text, tune, tune_artifact
 from mcjax.bitplane import BitPlanes
+from mcjax.divergence import divergence
 from mcjax.hub import Folder
 from mcjax.models.families import describe
 from mcjax.models.language_model import predict
@@ -80,6 +82,30 @@ def test_training_lowers_the_divergence_and_keeps_the_planes(artifact, dense, wi
     for old, new in zip(arrays(model.params), arrays(written), strict=True):
         if old.dtype == jnp.uint32:
             assert np.array_equal(old, new)
+
+
+def test_one_layer_is_dense_at_a_time(artifact, dense, windows):
+    """What a scan over layers keeps for the way back is no weight, nor a bit of one."""
+    model = mcjax.load(artifact, allocation=[[1, 2, 3, 2, 1], [3, 3, 2, 1, 2]])
+    target = dense(windows[:2])
+    loss = partial(tune.divergence, model.module, model.params)
+    gradient = jax.value_and_grad(loss)
+    program = jax.make_jaxpr(gradient)(tune.init(model.params), windows[:2], target)
+    kept = list(stacked(program.jaxpr))
+    assert len(kept) > 2 and max(map(np.prod, kept)) == 2 * 2 * 64 * 96, kept
+
+
+def stacked(program):
+    """Shapes of what scans over this model's two layers stack up but for gradients of tables."""
+    for equation in program.eqns:
+        if equation.primitive.name == "scan" and equation.params["length"] == 2:
+            carried = equation.params["num_carry"]
+            yield from (v.aval.shape for v in equation.outvars[carried:])
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else [value]:
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from stacked(inner)
 
 
 def test_a_dense_model_has_nothing_to_tune(dense):
@@ -272,6 +298,27 @@ def test_the_best_effort(model_folder, text_file, dense, windows, tmp_path, monk
             tuned = tune.init(model.params, tune.small(model.module.decoder))
             loss[name] = tune.divergence(model.module, model.params, tuned, windows, target)
         assert loss["best"] < share * loss["normal"], budget
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["deepseek_v3", "gemma3"])
+def test_the_best_effort_of_other_families(name, text_file, tmp_path, monkeypatch):
+    """A dense layer before routed ones, and no routed ones at all."""
+    monkeypatch.setattr(schedule, "STEPS", {1: 6})
+    monkeypatch.setattr(schedule, "MIXED_STEPS", 6)
+    monkeypatch.setattr(schedule, "MOST_TIMES", 1)
+    folder = with_tokenizer(small_model(tmp_path / "model", name), text_file)
+    options = dict(max_bits=2, samples=8, seq_len=16)
+    for effort in ("normal", "best"):
+        compress.compress(folder, tmp_path / effort, text_file, **options, effort=effort)
+    whole = mcjax.load(folder)
+    tokens = np.random.default_rng(0).integers(0, 64, (8, 16))
+    for budget in (1, 1.5, 2):
+        found = [
+            divergence(whole(tokens), mcjax.load(tmp_path / effort, budget=budget)(tokens))
+            for effort in ("best", "normal")
+        ]
+        assert found[0] < 1.02 * found[1], (budget, found)
 
 
 def test_norms_and_routers_follow_the_average_width(artifact, tmp_path):

@@ -31,6 +31,7 @@ from loop import (
     fit,
     global_batch,
     join,
+    meet,
     mesh_sizes,
     program,
     state_shardings,
@@ -53,7 +54,8 @@ TESTED = 16
 def adam(tuned: tune.Tuned, steps: int, rate: float) -> optax.GradientTransformation:
     """Adam with the rates of `mcjax.tune.rates`, in shares of them: they rise, then fall."""
     each = tune.rates(tuned)
-    shares = optax.warmup_cosine_decay_schedule(0, rate, max(2, steps // 20), steps + 1, rate / 20)
+    rise = max(1, steps // 20)
+    shares = optax.warmup_cosine_decay_schedule(rate / (rise + 1), rate, rise, steps, rate / 20)
     own_rate = optax.stateless(lambda up, _: jax.tree.map(lambda u, r: -r * u, up, each))
     adam = optax.scale_by_adam(b2=0.99)
     return optax.chain(
@@ -157,28 +159,35 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument(
-        "--learning-rate", type=float, default=1.0, help="in those of the best effort"
+        "--learning-rate", type=float, default=1.0, help="times those of --effort best"
     )
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--mesh", metavar="AXES", help=MESH)
     take_processes(parser)
     arguments = parser.parse_args()
     join(arguments)
+    run_folder = arguments.out.with_name(arguments.out.name + ".run")
     if arguments.out.exists():
         raise ValueError(f"{arguments.out} exists; remove it or choose another place")
+    if run_folder.exists() and not arguments.resume:
+        raise ValueError(f"{run_folder} exists; go on with --resume, or choose another OUT")
+    if arguments.steps < 2:
+        raise ValueError(f"--steps must be at least 2, got {arguments.steps}")
     if (arguments.budget is None) == (arguments.bits is None):
         raise ValueError("say what to tune for: --budget or --bits, one of them")
     folder = Folder(arguments.model)
     decoder, sizes = folder.decoder, arguments.mesh and mesh_sizes(arguments.mesh)
     mesh = device_mesh(sizes) if sizes else data_mesh()
     ends, length = decoder.eos_token_ids, arguments.seq_len
+    text.check_length(length, decoder.max_position_embeddings)
     tokens = text.encode_file(folder.tokenizer_path, arguments.text, decoder.vocab_size, ends)
     begin = text.beginning(folder.tokenizer_path, decoder.vocab_size, "auto")
     every = text.windows(tokens, length, "training text", begin)
     kept = max(1, round(HELD_OUT * len(every)))
     if len(every) < 2:
         raise ValueError(
-            f"the training text has {len(every)} window of {length} tokens; one is held out"
+            f"the training text has one window of {length} tokens, and one is held out; give more "
+            "text or a smaller --seq-len"
         )
     own = length - (begin is not None)
     corpus = FileCorpus(tokens[: own * (len(every) - kept)], length, begin)
@@ -215,7 +224,7 @@ def main() -> None:
         "artifact": checkpoint.crc32(np.frombuffer(manifest, np.uint8)),
     }
     state = fit(
-        arguments.out.with_name(arguments.out.name + ".run"),
+        run_folder,
         run.state,
         run.step,
         lambda i: batch(partial(corpus.row, 0, i)),
@@ -229,6 +238,7 @@ def main() -> None:
     )
     after = measured(state)
     tune.save(run.model, {"tables": state.params, "others": {}}, arguments.out, about)
+    meet("written")  # a process that ended would not wait long for the first one
     if jax.process_index() == 0:
         print(
             f"{arguments.out}: divergence from the model as it was on held-out text "

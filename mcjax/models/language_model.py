@@ -22,7 +22,7 @@ from mcjax.models.recurrent import Recurrent, convolution
 from mcjax.models.rope import STRETCHED
 from mcjax.ops import Columns, narrow_dot
 from mcjax.ops.columns import held, within
-from mcjax.ops.fragments import WHOLE, passing, put_together
+from mcjax.ops.fragments import is_made, put_together
 from mcjax.ops.linear import automatic
 from mcjax.sharding import Sharding, cache_partition, divided, partition
 
@@ -197,12 +197,10 @@ def _forward(
                         weights.put(wanted, (tap, key), seen[tap])
             return (x, kept), wanted
 
-        if remat:
+        # What is put together for a layer is so again on the way back, and the layer with it: no
+        # policy of `jax.checkpoint` keeps what arrays are used for, but not the arrays.
+        if remat or any(map(is_made, jax.tree.leaves(params[name], is_leaf=is_made))):
             period = jax.checkpoint(period)
-        elif any(map(passing, jax.tree.leaves(params[name], is_leaf=passing))):
-            # What is put together for a layer is so again on the way back.
-            policy = jax.checkpoint_policies.save_anything_except_these_names(WHOLE)
-            period = jax.checkpoint(period, policy=policy)
         carry = (x, None if cache is None else cache[name])
         every = apart, jnp.arange(segment.repeats, dtype=jnp.int32)
         (x, kept), wanted = jax.lax.scan(period, carry, every)
@@ -260,7 +258,8 @@ class LanguageModel(nn.Module):
       cache_dtype: of keys, values and latents of past tokens, None for `dtype`. A recurrent state
         is float32 in any case.
       shared: a mesh that parameters and sequences are shared out on, see `mcjax.sharding`.
-      remat: whether derivatives compute each layer again rather than keep what it computed.
+      remat: whether derivatives compute each layer again rather than keep what it computed. They
+        do in any case where a layer's weights are put together for it.
     """
 
     decoder: Decoder

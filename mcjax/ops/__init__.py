@@ -6,7 +6,7 @@ choice    which product they use
 columns   a weight whose output features are shared out along an axis of a mesh
 device    what the device can do
 exchange  rows sent to the devices that have their experts, and back
-fragments weights that are arrays only while they are used: parts on a mesh, tables that train
+fragments weights that are arrays only while a layer is at work
 grouped   rows sorted by expert, so that each is computed once
 popcount  int8 activations against planes, by counting bits
 tiled     dequantised a tile at a time

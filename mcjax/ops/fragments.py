@@ -1,6 +1,7 @@
-"""Arrays that are whole only for as long as they are used.
+"""Weights that are arrays only while a layer is at work.
 
-Of some each device holds a part, others are made of planes whose tables train.
+A `Fragment` is cut into parts, one a device; planes whose tables train stand for arrays that are
+made of them. `put_together` makes the arrays of one layer.
 """
 
 from __future__ import annotations
@@ -10,13 +11,9 @@ from functools import partial
 from typing import Any
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
 
 from mcjax.bitplane import MixedPlanes, Planes
 from mcjax.ops.columns import within
-
-WHOLE = "whole"
-"""What these arrays are called, for policies of `jax.checkpoint`."""
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["part"], meta_fields=["axes", "at"])
@@ -42,24 +39,25 @@ class Fragment:
         return jax.lax.all_gather(part, self.axes, axis=part.ndim + self.at, tiled=True)
 
 
-def passing(leaf: Any) -> bool:
-    """Whether a leaf of weights is an array only for as long as that is used."""
+def is_made(leaf: Any) -> bool:
+    """Whether a leaf of weights has to be made into an array where it is used."""
     return isinstance(leaf, Fragment) or (isinstance(leaf, Planes) and leaf.trains)
 
 
 def put_together(tree: Any, dtype: Any) -> Any:
-    """The tree with all that is `passing` as arrays of `dtype`."""
+    """The tree with arrays of `dtype` in place of all that `is_made`."""
 
     def whole(leaf):
-        if not passing(leaf):
-            return leaf
-        made = leaf.whole(dtype) if isinstance(leaf, Fragment) else _values(leaf, dtype)
-        return checkpoint_name(made, WHOLE)
+        if isinstance(leaf, Fragment):
+            return leaf.whole(dtype)
+        return values(leaf, dtype) if is_made(leaf) else leaf
 
-    return jax.tree.map(whole, tree, is_leaf=passing)
+    return jax.tree.map(whole, tree, is_leaf=is_made)
 
 
 @partial(jax.checkpoint, static_argnums=1)
-def _values(planes: Planes, dtype: Any) -> jax.Array:
-    """The weight, of which the way back keeps planes and tables and nothing between."""
-    return planes.few(dtype) if isinstance(planes, MixedPlanes) else planes.dequantize(dtype)
+def values(planes: Planes, dtype: Any) -> jax.Array:
+    """What planes stand for. Derivatives by tables compute it again, so that no bit is kept."""
+    if isinstance(planes, MixedPlanes):
+        return planes.dequantize_each(dtype)
+    return planes.dequantize(dtype)
