@@ -247,10 +247,13 @@ def _on_devices(function: Callable[[Any, int], Any], items: Sequence[int]) -> It
     for device in devices:
         idle.put(device)
 
+    precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+
     def on_one(item):
         device = idle.get()
         try:
-            return function(device, item)
+            with jax.default_matmul_precision(precision):  # which each thread has its own of
+                return function(device, item)
         finally:
             idle.put(device)
 

@@ -40,7 +40,7 @@ from mcjax.leaves import named, replaced, some
 from mcjax.models import weights
 from mcjax.models.decoder import Decoder
 from mcjax.ops.fragments import values
-from mcjax.tree.kernel import Kernel, holds_planes
+from mcjax.tree.kernel import Kernel, holds_planes, is_kernel
 
 Tuned = dict[str, dict[str, Any]]
 
@@ -131,8 +131,13 @@ def with_tables(params: Any, tuned: Tuned) -> Any:
       A tree for the same model without `act_bits`, which are for planes that do not train.
 
     Raises:
-      ValueError: as `apply`.
+      ValueError: as `apply`, or if it is a tree of `mcjax.tree`, whose functions take arrays.
     """
+    kernels = [
+        name for name, leaf in zip(*named(params, is_kernel)[:2], strict=True) if is_kernel(leaf)
+    ]
+    if kernels:
+        raise ValueError(f"{kernels[0]!r} is a kernel of mcjax.tree: use `apply`")
     return _each(params, tuned, _trained)
 
 
@@ -178,7 +183,7 @@ def save(model: Any, tuned: Tuned, out: str | Path, about: Mapping[str, Any]) ->
 
     Args:
       model: a `mcjax.Model` of an artifact.
-      tuned: of its tables alone, `init(model.params, ())`.
+      tuned: of its tables alone, `init(model.params, ())`, or of some of them.
       out: the artifact to write; must not exist.
       about: what the manifest adds to its list "tuned" of how that was trained, JSON-ready.
 
@@ -192,7 +197,7 @@ def save(model: Any, tuned: Tuned, out: str | Path, about: Mapping[str, Any]) ->
             f"norms, routers and biases were tuned too ({some(tuned['others'])}), which all widths "
             "share; tune with `init(params, ())`"
         )
-    if out.exists():
+    if jax.process_index() == 0 and out.exists():
         raise ValueError(f"{out} exists; remove it or choose another place")
     decoder, widths = model.module.decoder, model.widths
     names, written, _ = named(write(model.params, tuned), holds_planes)
@@ -211,7 +216,10 @@ def save(model: Any, tuned: Tuned, out: str | Path, about: Mapping[str, Any]) ->
                 continue
             own = parameters.widths_of(member.numbers, role, widths)
             row = parameters.arrange(own, model.spread(member) if role.routed else None).row
-            held = tables["/".join(member.path + role.path)]
+            name = "/".join(member.path + role.path)
+            if name not in tables:
+                continue
+            held = tables[name]
             for (r, *e), k in np.ndenumerate(own):
                 rows = changed[member.numbers[r]].setdefault(f"{role.name}.table_{k}", {})
                 rows[tuple(e)] = held[int(k)][row[r, *e]]

@@ -260,7 +260,7 @@ def test_large_layers_get_done_between_kills(text_file, tmp_path):
     tokenizer.save(str(folder / "tokenizer.json"))
     options = ("--calibration", text_file, "--samples", 8, "--seq-len", 128, "--max-bits", 4)
     command = [sys.executable, "-c", "from mcjax import cli; cli.program()", "compress"]
-    kills = 0
+    kills = 0  # in 20 seconds two cores begin and finish several weights
     while not run_killed([*command, folder, out, *options, "--resume"], 20):
         kills += 1
         print(f"kill {kills}: {len(list((tmp_path / '.out.work').glob('layer_*')))} layers")

@@ -300,18 +300,22 @@ class Metrics:
 
 def _claim(directory: Path, identity: dict[str, Any], resume: bool) -> None:
     """Makes the directory of a run, or checks that it is of this one."""
-    file = directory / "recipe.json"
-    identity = json.loads(json.dumps(identity))
     there = directory.exists()
     meet("seen")  # all have looked before the first one makes it
     if not there:
         if jax.process_index() == 0:
             directory.mkdir(parents=True)
-            file.write_text(json.dumps(identity, indent=2))
+            (directory / "recipe.json").write_text(json.dumps(identity, indent=2))
         meet("made")
         return
     if not resume:
-        raise ValueError(f"{directory} exists; choose another --out, or go on with --resume")
+        raise ValueError(f"{directory} exists; choose another place, or go on with --resume")
+    refuse_other(directory, identity)
+
+
+def refuse_other(directory: Path, identity: Mapping[str, Any]) -> None:
+    """Raises ValueError if a directory is not of a run of that identity."""
+    file, identity = directory / "recipe.json", json.loads(json.dumps(identity))
     try:
         before = json.loads(file.read_text())
     except (OSError, json.JSONDecodeError):
@@ -321,7 +325,7 @@ def _claim(directory: Path, identity: dict[str, Any], resume: bool) -> None:
         k = changed[0]
         raise ValueError(
             f"{directory} was trained with {k} {before.get(k)!r}, not {identity.get(k)!r}; "
-            "resume with the same recipe, or choose another --out"
+            "resume with the same recipe, or choose another place"
         )
 
 

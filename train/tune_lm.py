@@ -3,12 +3,12 @@
     uv run python train/tune_lm.py MODEL ARTIFACT OUT --text TEXT --budget 2.5
 
 MODEL is the Hugging Face folder that ARTIFACT was compressed from, whose predictions are what the
-artifact at that budget learns. Planes stay as they are: OUT is an artifact of the same bytes that
-serves every budget, this one as it was tuned. OUT.run keeps checkpoints and metrics, and --resume
-goes on from them.
+artifact at that budget learns. Planes stay as they are, and OUT has the same bytes. It serves every
+budget, but others read the tables that were tuned for this one too, of attention in any case: keep
+ARTIFACT for them. OUT.run keeps checkpoints and metrics, and --resume goes on from them.
 
-On several devices both models are shared out, see --mesh: planes, tables and their moments along
-expert, the 16-bit model along data too. A layer is dense when it is its turn, there and back.
+On several devices both models are shared out, see --mesh. A layer is dense when it is its turn,
+there and back.
 """
 
 from __future__ import annotations
@@ -34,15 +34,22 @@ from loop import (
     meet,
     mesh_sizes,
     program,
+    refuse_other,
     state_shardings,
     take_processes,
 )
-from moe_lm import MESH, FileCorpus, check_shared
+from moe_lm import FileCorpus, check_shared
 
 import mcjax
 from mcjax import checkpoint, sharding, text, tune
 from mcjax.hub import Folder
 from mcjax.models.language_model import LanguageModel
+
+MESH = (
+    "how devices share the work, such as data=2,expert=4; by default along data. Planes, tables "
+    "and their moments are cut along expert and model, the 16-bit model along data too"
+)
+"""What --mesh says for itself."""
 
 HELD_OUT = 0.1
 """The share of windows, the last, that are not trained on."""
@@ -102,8 +109,6 @@ def begun(
     fully = sharding.resolve(mesh, fully=True) if many else None
     check_shared(decoder, fully, batch_size)
     model = mcjax.load(artifact, **precision, mesh=mesh if many else None)
-    if model.module.decoder != decoder:
-        raise ValueError(f"{artifact} is no artifact of the model in {folder.path}")
     with jax.default_device(jax.local_devices(backend="cpu")[0] if many else None):
         teacher = folder.read()
     if fully is not None:
@@ -115,7 +120,7 @@ def begun(
     def first(tables):
         return State(jnp.zeros((), jnp.int32), tables, optimiser.init(tables))
 
-    where, rows = None, ("data",)
+    where, rows = None, tuple(mesh.axis_names)
     if fully is not None:
         own = jax.tree.map(lambda a: a.sharding, tables)
         where = state_shardings(optimiser, jax.eval_shape(first, tables), own, mesh)
@@ -175,7 +180,12 @@ def main() -> None:
         raise ValueError(f"--steps must be at least 2, got {arguments.steps}")
     if (arguments.budget is None) == (arguments.bits is None):
         raise ValueError("say what to tune for: --budget or --bits, one of them")
-    folder = Folder(arguments.model)
+    if arguments.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {arguments.batch_size}")
+    folder, made_of = Folder(arguments.model), checkpoint.read_manifest(arguments.artifact)
+    model_hash = folder.source_hash()
+    if made_of["source_sha256"] != model_hash:
+        raise ValueError(f"{arguments.artifact} was made of another model than {arguments.model}")
     decoder, sizes = folder.decoder, arguments.mesh and mesh_sizes(arguments.mesh)
     mesh = device_mesh(sizes) if sizes else data_mesh()
     ends, length = decoder.eos_token_ids, arguments.seq_len
@@ -191,6 +201,14 @@ def main() -> None:
         )
     own = length - (begin is not None)
     corpus = FileCorpus(tokens[: own * (len(every) - kept)], length, begin)
+    names = ("budget", "bits", "steps", "batch_size", "seq_len", "learning_rate")
+    about = {name: getattr(arguments, name) for name in names} | {
+        "text": checkpoint.crc32(tokens),
+        "model": model_hash,
+        "artifact": checkpoint.crc32(np.frombuffer(json.dumps(made_of).encode(), np.uint8)),
+    }
+    if run_folder.exists():
+        refuse_other(run_folder, about)
     precision = {"budget": arguments.budget, "bits": arguments.bits}
     run = begun(
         folder,
@@ -216,13 +234,6 @@ def main() -> None:
         return float(np.mean([float(value) for value in values]))
 
     before = measured(run.state)
-    names = ("budget", "bits", "steps", "batch_size", "seq_len", "learning_rate")
-    manifest = json.dumps(checkpoint.read_manifest(arguments.artifact)).encode()
-    about = {name: getattr(arguments, name) for name in names} | {
-        "text": checkpoint.crc32(tokens),
-        "model": folder.source_hash(),
-        "artifact": checkpoint.crc32(np.frombuffer(manifest, np.uint8)),
-    }
     state = fit(
         run_folder,
         run.state,
