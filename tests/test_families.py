@@ -183,6 +183,7 @@ def test_a_wrapper_as_transformers_saves_it(tmp_path):
         ({"num_experts_per_tok": 0}, "num_experts_per_tok must be a positive integer, got 0"),
         ({"moe_intermediate_size": None}, "'moe_intermediate_size' is missing"),
         ({"model_type": "qwen9"}, "'qwen9' is not supported"),
+        ({"model_type": ["mixtral"]}, "is not supported"),
         ({"hidden_size": 38}, "config.json implies"),
         ({"num_experts": 7}, "missing, first model.layers.0.mlp.experts.6"),
         ({"rope_parameters": {"rope_type": "spiral"}}, "unknown rope type 'spiral'"),

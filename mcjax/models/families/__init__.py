@@ -82,7 +82,7 @@ def describe(config: Mapping[str, Any]) -> tuple[ModuleType, Decoder]:
     Raises:
       ValueError: for an unknown model_type, a missing or impossible field, or one not read.
     """
-    kind = config.get("model_type")
+    kind = str(config.get("model_type"))
     if kind not in PAGES and isinstance(config.get("text_config"), Mapping):
         inner = dict(config["text_config"])
         for name in ("tie_word_embeddings", "eos_token_id"):
@@ -90,7 +90,8 @@ def describe(config: Mapping[str, Any]) -> tuple[ModuleType, Decoder]:
                 inner[name] = config[name]
         return describe(inner)
     if kind not in PAGES:
-        raise ValueError(f"config: model_type {kind!r} is not supported; {', '.join(PAGES)} are")
+        given = config.get("model_type")
+        raise ValueError(f"config: model_type {given!r} is not supported; {', '.join(PAGES)} are")
     fields = Fields(config)
     try:
         decoder = PAGES[kind].decoder(fields)
