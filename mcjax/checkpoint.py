@@ -34,6 +34,9 @@ from mcjax.models.decoder import Decoder
 from mcjax.models.families import describe
 
 FORMAT_VERSION = 7
+CACHED = 1 << 22
+"""Bytes that a reader keeps of what it has read: indices are read again, chunks are not."""
+
 MANIFEST = "manifest.json"
 INTERCEPT = (*weights.BLOCK, "intercept")
 BY_EXPERT = tuple(".".join((*weights.EXPERTS, name, "")) for name in ("gate", "up", "down"))
@@ -260,7 +263,7 @@ class ArtifactReader:
         import tensorstore as ts
 
         if not hasattr(self, "_shared_context"):
-            self._shared_context = ts.Context({"cache_pool": {"total_bytes_limit": 1 << 26}})
+            self._shared_context = ts.Context({"cache_pool": {"total_bytes_limit": CACHED}})
         return self._shared_context
 
 
