@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from mcjax import allocate, checkpoint, importance, passes, sensitivity
+from mcjax.atomic import whole
 from mcjax.bitplane import BitPlanes
 from mcjax.calibrate import Seen, observe
 from mcjax.forecast import within
@@ -41,6 +42,9 @@ TRAVELS = (
 
 RARE_SHARE = 0.1
 """An expert is rare if it gets less than this share of the tokens that an even split would give."""
+
+GRAMS = "grams.npz"
+"""Where sums over a layer's inputs are kept."""
 
 AT_ONCE = ("batch_tokens", "chunk", "gram_bytes")
 
@@ -196,7 +200,7 @@ def _run(job: Job, work: Work, given, progress):
     for i in progress(range(count), description="layers"):
         if i >= first:
             given_here = given[places.index(i)] if given is not None and i in places else None
-            _one_layer(job, i, work, passes.read_found(matter[i]), given_here)
+            _one_layer(job, i, work, matter[i], given_here)
     records = [read_json(work.record(i)) for i in range(count)]
     x = np.load(work.entering(count), mmap_mode="r")
     names = ("frequency", "routing_weight", "error", "ratio", "slope")
@@ -300,15 +304,20 @@ def _tune(
     return {**manifest, "checksums": sums, "statistics": kept}
 
 
-def _one_layer(job: Job, i: int, work: Work, matter: importance.Importance, given) -> None:
+def _one_layer(job: Job, i: int, work: Work, matter: Path, given) -> None:
     """Saves a layer, and its output for all windows."""
-    folder, directory = job.folder, work.out / "layers" / str(i)
+    folder, directory, kept = job.folder, work.out / "layers" / str(i), work.seen(i)
     decoder, own = folder.decoder, _read_dense(folder, i)
-    shutil.rmtree(work.seen, ignore_errors=True)
-    work.seen.mkdir()
-    x = np.load(work.entering(i), mmap_mode="r")
-    with passes.written(work.entering(i + 1), x.shape, np.float32) as y:
-        grams, seen = _observe(job, i, own, x, y, matter, work.seen)
+    if not (kept / GRAMS).exists():  # as it does once all else is there
+        shutil.rmtree(kept, ignore_errors=True)
+        kept.mkdir()
+        x = np.load(work.entering(i), mmap_mode="r")
+        with passes.written(work.entering(i + 1), x.shape, np.float32) as y:
+            grams = _observe(job, i, own, x, y, passes.read_found(matter), kept)
+        with whole(kept / GRAMS) as aside:
+            np.savez(aside, **jax.tree.map(np.asarray, grams))
+        del grams
+    grams, seen = _seen(kept)
     shutil.rmtree(directory, ignore_errors=True)
     of_layer = decoder, decoder.layers[i], own, grams, seen, job.how, given
     record, planes = quantize_layer(*of_layer, keeping(work.made(i)))
@@ -322,7 +331,7 @@ def _one_layer(job: Job, i: int, work: Work, matter: importance.Importance, give
     record["checksums"] = checkpoint.save_tree(directory, tree, checkpoint.BY_EXPERT)
     write_json(work.record(i), record)
     work.entering(i).unlink()
-    shutil.rmtree(work.seen)
+    shutil.rmtree(kept)
     shutil.rmtree(work.made(i), ignore_errors=True)
 
 
@@ -344,29 +353,36 @@ def _read_dense(folder: Folder, i: int) -> Any:
     return own
 
 
-def _observe(job: Job, i: int, own, x, y, matter: importance.Importance, inputs: Path):
-    """Puts a layer's output for all windows into y; sums over those to calibrate on, and `Seen`.
+def _observe(job: Job, i: int, own, x, y, matter: importance.Importance, kept: Path):
+    """Puts a layer's output for all windows into y; returns sums over those to calibrate on.
 
-    What goes into the layer's experts lies in files of the folder `inputs`.
+    What goes into the layer's experts lies in files of the folder `kept`, two for each batch.
     """
     decoder, batch, watched = job.folder.decoder, job.batch, len(job.windows)
-    layer, eps = decoder.layers[i], decoder.norm_eps
-    grams, batches = None, []
+    layer, eps, grams = decoder.layers[i], decoder.norm_eps, None
     for start in range(0, watched, batch):
         some = slice(start, min(start + batch, watched))
         mine = {name: value[some] for name, value in matter.items()}
         y[some], of_batch, seen = observe(layer, decoder.width, eps, own, x[some], mine)
         grams = of_batch if grams is None else _sum(grams, of_batch)
-        file = inputs / f"{start}.npy"
-        with passes.written(file, seen.x.shape, np.float32) as rows:
+        with passes.written(kept / f"{start}.npy", seen.x.shape, np.float32) as rows:
             rows[...] = seen.x
-        rows = np.load(file, mmap_mode="r")
-        batches.append(Seen(rows, *map(np.asarray, seen[1:])))
+        np.savez(kept / f"{start}.npz", *map(np.asarray, seen[1:]))
         del of_batch, seen
     for start in range(watched, len(x), batch):
         some = slice(start, start + batch)
         y[some] = outputs(layer, eps, own, x[some])
-    return grams, batches
+    return grams
+
+
+def _seen(kept: Path) -> tuple[dict[str, jax.Array], list[Seen]]:
+    """What `_observe` left in a folder: sums by name, and batches in order."""
+    batches = []
+    for file in sorted(kept.glob("*.npy"), key=lambda file: int(file.stem)):
+        with np.load(file.with_suffix(".npz")) as held:
+            batches.append(Seen(np.load(file, mmap_mode="r"), *(held[n] for n in held.files)))
+    with np.load(kept / GRAMS) as held:
+        return {name: jnp.asarray(held[name]) for name in held.files}, batches
 
 
 @partial(jax.jit, donate_argnums=0)

@@ -154,6 +154,7 @@ def _forecast(job: Job, meter: Meter, progress: Callable[..., Any]) -> Forecast:
     there_and_back = count * length * (len(decoder.layers) * token // 2 + 2 * token)
     layers = length * token * 2 * (count + len(job.lessons))
     layers += length * token * count * max(kind.rows_of_token for kind in every)
+    layers += max(kind.gram_bytes for kind in every)
     planes = sum(_bytes(kind.planes) for kind in every)
     plain = sum(kind.plain for kind in every) * min(2, job.folder.itemsize)
     artifact = planes + plain + min(2, job.folder.itemsize) * outside // job.folder.itemsize
@@ -311,18 +312,8 @@ class _Kind:
     def quantized(self) -> Stage:
         """Calibrating on what the layer sees, its planes, and writing it."""
         (count, length), batch = self.job.windows.shape, self.job.batch
-        layer, width, eps = self.layer, self.decoder.width, self.decoder.norm_eps
         x, batches = self._x(batch, length), math.ceil(count / batch)
-        matter = {
-            role.name: _floats(batch, length, importance.groups(role))
-            for role in self.roles
-            if role.tap is not None and not role.routed
-        }
-        if self.routed:
-            matter[calibrate.EXPERTS] = _floats(batch, length, 1)
-        given = layer, width, eps, self.own, x, matter
-        seeing = self.meter(calibrate.observe, *given)
-        _, grams, seen = jax.eval_shape(partial(calibrate.observe, *given[:3]), *given[3:])
+        seeing, (grams, seen) = self.meter(calibrate.observe, *self._to_see), self._seen
         held = FOUR * self.size + (_bytes(grams) if batches > 1 else 0)
         sizes, seconds = [held + 2 * _bytes(x) + seeing.bytes], batches * seeing.seconds
         held = FOUR * self.size + _bytes(grams)
@@ -343,6 +334,31 @@ class _Kind:
         stored = (itemsize + min(2, itemsize)) * self.size
         sizes.append(stored + 2 * _bytes(self.planes))
         return Stage("layers", max(sizes), seconds)
+
+    @property
+    def _to_see(self) -> tuple[Any, ...]:
+        """The arguments of `mcjax.calibrate.observe`."""
+        batch, length = self.job.batch, self.job.windows.shape[1]
+        matter = {
+            role.name: _floats(batch, length, importance.groups(role))
+            for role in self.roles
+            if role.tap is not None and not role.routed
+        }
+        if self.routed:
+            matter[calibrate.EXPERTS] = _floats(batch, length, 1)
+        of_layer = self.layer, self.decoder.width, self.decoder.norm_eps
+        return *of_layer, self.own, self._x(batch, length), matter
+
+    @property
+    def _seen(self) -> tuple[Any, Any]:
+        """What it gives but for outputs."""
+        given = self._to_see
+        return jax.eval_shape(partial(calibrate.observe, *given[:3]), *given[3:])[1:]
+
+    @property
+    def gram_bytes(self) -> int:
+        """Of sums over inputs, which lie in a file while the layer is at work."""
+        return _bytes(self._seen[0])
 
     def _of_matrices(self, shape: tuple[int, ...], groups: int, budgeted: bool) -> Need:
         """Quantising a matrix whose output features are in groups."""

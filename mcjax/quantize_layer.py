@@ -41,6 +41,9 @@ ATTENTION_WIDTHS = (2, 3, 4, 8)
 GRAM_BYTES = 1 << 29
 """What the Gram matrices of experts may take at once on a device, unless asked otherwise."""
 
+CPU_WEIGHTS = 1 << 22
+"""Weights of experts that a CPU works on at once, where several fit."""
+
 EXPERT_WEIGHTS = ("gate", "up", "down")
 
 ERROR_ROWS = 512
@@ -204,8 +207,11 @@ def experts_at_once(count: int, features: Sequence[int], gram_bytes: int) -> int
       features: of their inputs and their hidden ones, which have a Gram matrix each.
       gram_bytes: what these may take.
     """
-    share = -(-count // jax.local_device_count())
-    return max(1, min(share, gram_bytes // (4 * sum(n * n for n in features))))
+    width, hidden = features
+    most = min(-(-count // jax.local_device_count()), gram_bytes // (4 * (width**2 + hidden**2)))
+    if jax.default_backend() == "cpu":  # more are no quicker there, and what is made is kept
+        most = min(most, CPU_WEIGHTS // (2 * width * hidden))
+    return max(1, most)
 
 
 def _by_blocks(layer: Layer, dense: Any, seen, make, gram_bytes: int):

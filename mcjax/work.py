@@ -43,11 +43,6 @@ class Work(NamedTuple):
         return self.beside / "at_once.json"
 
     @property
-    def seen(self) -> Path:
-        """A folder for what goes into the experts of the layer at hand."""
-        return self.beside / "seen"
-
-    @property
     def tuning(self) -> Path:
         """What an interrupted tuning goes on from."""
         return self.beside / "tuning.npz"
@@ -56,6 +51,10 @@ class Work(NamedTuple):
     def untuned(self) -> Path:
         """Where layers are from which tuning began, once its own have taken their place."""
         return self.beside / "untuned"
+
+    def seen(self, i: int) -> Path:
+        """A folder for what calibration saw at layer i, see `mcjax.compress`."""
+        return self.beside / f"seen_{i}"
 
     def made(self, i: int) -> Path:
         """A folder for the planes of layer i that are made, see `keeping`."""

@@ -210,6 +210,7 @@ def test_rows_find_their_experts(ragged):
     )
 
 
+@pytest.mark.slow
 def test_devices_share_the_experts_that_are_compressed(model_folder, text_file, artifact, tmp_path):
     """Each has some of them, and the artifact is the same."""
     run(

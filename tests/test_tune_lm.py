@@ -48,6 +48,7 @@ if mesh.size > 1:
 """
 
 
+@pytest.mark.slow
 def test_many_devices_equal_one(model_folder, artifact, tmp_path):
     """Tables and moments of experts lie with their planes; what is written is the same."""
     found, made = [], []
