@@ -212,14 +212,11 @@ def save(model: Any, tuned: Tuned, out: str | Path, about: Mapping[str, Any]) ->
     changed: list[dict[str, dict[Any, np.ndarray]]] = [{} for _ in decoder.layers]
     for member in weights.members(decoder):
         for role in weights.roles(member.layer, decoder.width):
-            if role.tap is None:
+            held = tables.get("/".join(member.path + role.path))
+            if held is None:
                 continue
             own = parameters.widths_of(member.numbers, role, widths)
             row = parameters.arrange(own, model.spread(member) if role.routed else None).row
-            name = "/".join(member.path + role.path)
-            if name not in tables:
-                continue
-            held = tables[name]
             for (r, *e), k in np.ndenumerate(own):
                 rows = changed[member.numbers[r]].setdefault(f"{role.name}.table_{k}", {})
                 rows[tuple(e)] = held[int(k)][row[r, *e]]
