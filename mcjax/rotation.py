@@ -71,7 +71,7 @@ def _matrices(size: int) -> tuple[np.ndarray, np.ndarray]:
     twos = (size & -size).bit_length() - 1
     odd = size >> twos
     of_odd = _cosines(odd) if odd <= MOST_ODD else np.ones((1, 1))
-    second = min(twos, max(0, round(np.log2(size) / 2)))
+    second = min(twos, max(0, int(np.ceil(np.log2(size) / 2))))
     first = np.kron(of_odd, _hadamard(twos - second))
     return first.astype(np.float32), _hadamard(second).astype(np.float32)
 
