@@ -189,6 +189,34 @@ def lived(arguments, sign):
     return begun, time.monotonic() - start
 
 
+KILLS = 20
+
+
+def broken_runs(arguments, folder, begun, life):
+    """Runs a command to its end in several lives, as often as it takes for so many kills.
+
+    Args:
+      arguments: from where to write to the command.
+      folder: where these places are.
+      begun: seconds after which it works.
+      life: the least and the most of it in seconds from then on.
+
+    Yields:
+      Each of the places, once the command has ended there by itself.
+    """
+    rng, kills = np.random.default_rng(0), 0
+    for n in range(KILLS):
+        out = folder / f"broken_{n}"
+        while not run_killed(arguments(out), begun + rng.uniform(*life)):
+            kills += 1
+            assert kills < 5 * KILLS, "it makes no progress"
+        yield out
+        if kills >= KILLS:
+            print(f"killed {kills} times in {n + 1} runs, after {begun:.0f} seconds and {life}")
+            return
+    raise AssertionError(f"{KILLS} runs were killed {kills} times")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("effort", ["normal", "best"])
 def test_killed_at_random(model_folder, text_file, tmp_path, effort):
@@ -196,22 +224,22 @@ def test_killed_at_random(model_folder, text_file, tmp_path, effort):
 
     A life is long enough for a layer: what is left of one is made again.
     """
-    options = ("--effort", effort)
+
+    def arguments(out, *more):
+        return command(model_folder, text_file, out, "--effort", effort, *more)
+
+    def again(out):
+        return arguments(out, "--resume")
+
     for name in ("compiled", "whole"):  # the second finds its programs, as those after it do
-        arguments = command(model_folder, text_file, tmp_path / name, *options)
-        begun, whole = lived(arguments, tmp_path / f".{name}.work" / "identity.json")
-    rng, out = np.random.default_rng(0), tmp_path / "broken"
-    again = command(model_folder, text_file, out, *options, "--resume")
-    kills = 0
-    while not run_killed(again, begun + rng.uniform(0.05, 0.6) * (whole - begun)):
-        kills += 1
-        assert kills < 100, "it makes no progress"
-    print(f"{effort}: killed {kills} times, {begun:.0f} to {whole:.0f} seconds")
-    assert kills >= 3
-    expected, got = (checkpoint.ArtifactReader(tmp_path / name) for name in ("whole", "broken"))
-    assert got.manifest == expected.manifest
-    checkpoint.verify(got)
-    assert not list(tmp_path.glob(".*"))
+        sign = tmp_path / f".{name}.work" / "identity.json"
+        begun, whole = lived(arguments(tmp_path / name), sign)
+    expected, some = checkpoint.ArtifactReader(tmp_path / "whole"), whole - begun
+    for out in broken_runs(again, tmp_path, begun, (0.05 * some, 0.6 * some)):
+        got = checkpoint.ArtifactReader(out)
+        assert got.manifest == expected.manifest
+        checkpoint.verify(got)
+        assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.slow
@@ -222,32 +250,22 @@ def test_training_killed_at_random(text_file, tmp_path):
     config.write_text(
         f"from recipe import LanguageRecipe\nrecipe = LanguageRecipe(**{vars(recipe)})\n"
     )
-    script = TRAIN / "moe_lm.py"
 
     def arguments(out, *more):
-        return [
-            sys.executable,
-            script,
-            "--config",
-            config,
-            "--text",
-            text_file,
-            "--out",
-            out,
-            *more,
-        ]
+        options = {"--config": config, "--text": text_file, "--out": out}
+        each = [value for option in options.items() for value in option]
+        return [sys.executable, TRAIN / "moe_lm.py", *each, *more]
+
+    def again(out):
+        return arguments(out, "--resume")
 
     for name in ("compiled", "whole"):  # the second finds its programs, as those after it do
         begun, whole = lived(arguments(tmp_path / name), tmp_path / name / "recipe.json")
-    rng, kills, out = np.random.default_rng(0), 0, tmp_path / "broken"
-    while not run_killed(arguments(out, "--resume"), begun + rng.uniform(0, 0.4) * (whole - begun)):
-        kills += 1
-        assert kills < 60, "it makes no progress"
-    print(f"killed {kills} times, {begun:.0f} to {whole:.0f} seconds")
-    assert kills >= 3
-    assert equal(*(Folder(tmp_path / name / "model").read() for name in ("whole", "broken")))
-    left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"compiled", "whole", "broken", "config.py"}
+    expected, places = Folder(tmp_path / "whole" / "model").read(), {"compiled", "whole"}
+    for out in broken_runs(again, tmp_path, begun, (0, 0.4 * (whole - begun))):
+        assert equal(Folder(out / "model").read(), expected)
+        places.add(out.name)
+        assert {path.name for path in tmp_path.iterdir()} == {*places, "config.py"}
 
 
 @pytest.mark.slow
