@@ -53,7 +53,7 @@ FAMILY = """
     expected = logits(mcjax.load(sys.argv[1], **planes))
     for mesh in ((2, 2, 2), (1, 4, 1)) if planes else ((2, 2, 2),):
         model = mcjax.load(sys.argv[1], mesh=mesh_of(*mesh), **planes)
-        np.testing.assert_allclose(logits(model), expected, atol=5e-5)
+        np.testing.assert_allclose(logits(model), expected, rtol=1e-4, atol=5e-5)
 """
 """A model's logits on a mesh against those on one device."""
 

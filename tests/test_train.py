@@ -102,7 +102,7 @@ def test_resuming_equals_not_stopping(trained, tmp_path, text_file, monkeypatch,
 
 
 STEPS = """
-import sys, jax, numpy as np, test_train as t, moe_lm, loop
+import sys, jax, optax, numpy as np, test_train as t, moe_lm, loop
 from mcjax import sharding
 def steps(sizes, accumulation=1, count=3):
     recipe = t.dataclasses.replace(t.RECIPE, batch_size=8, accumulation=accumulation)
@@ -111,6 +111,12 @@ def steps(sizes, accumulation=1, count=3):
     module = moe_lm.LanguageModel(recipe.decoder, shared=shared)
     optimiser = loop.adamw(learning_rate=1e-2, warmup=0, steps=9, weight_decay=0.1, clip=1.0)
     state, where = moe_lm.begun(recipe, module, optimiser)
+    def loss(params):  # of as many sequences as no axis shares out
+        tokens = np.arange(3 * 17, dtype=np.int32).reshape(3, 17)
+        entropy, balance, z, _ = moe_lm.losses(module, params, tokens)
+        return entropy, (balance, z)
+    few, gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(state.params)
+    print(few[1][0], optax.global_norm(gradient), 0, few[0], few[1][1])
     step = moe_lm.make_step(module, recipe, optimiser)
     axes = ("data",) if shared is None else shared.batch
     for n in range(count):
@@ -149,6 +155,7 @@ assert mine < total / 5, (mine, total)
     # Balance is a product of means, and parts of a batch have their own; the loss has not.
     names = sorted(("loss", "balance", "z", "least_used", "gradient_norm"))
     loss, z = names.index("loss"), names.index("z")
+    np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-4)
     for at in (loss, z):
         np.testing.assert_allclose(np.array(found[0])[:, at], np.array(found[1])[:, at], rtol=2e-3)
 

@@ -23,7 +23,7 @@ from mcjax.models.rope import STRETCHED
 from mcjax.ops import Columns, narrow_dot
 from mcjax.ops.columns import held, within
 from mcjax.ops.fragments import is_made, put_together
-from mcjax.ops.linear import automatic
+from mcjax.ops.linear import automatic, axes_of
 from mcjax.sharding import Sharding, cache_partition, divided, partition
 
 SOWN = ("router", "experts", "keep", "recurrent")
@@ -170,7 +170,8 @@ def _forward(
         positions = jnp.arange(tokens.shape[1])[None]
     positions = jnp.asarray(positions).astype(jnp.int32)
     outside = {role.path[0]: params[role.path[0]] for role in weights.rest(decoder)}
-    outside = put_together(outside, dtype)
+    shared = axes_of(tokens)
+    outside = put_together(outside, dtype, shared)
     x = embed(decoder, outside, tokens, dtype)
     cache = dict(cache) if cache is not None else None
     tapped: dict[str, Any] = {}
@@ -181,7 +182,7 @@ def _forward(
         def period(carry, own, segment=segment, together=together):
             x, kept = carry
             own, repeat = own
-            own = put_together(together(own), dtype)
+            own = put_together(together(own), dtype, shared)
             pruned = any("threshold" in own[key]["block"] for key in own)
             context = Context(positions, length, repeat, decoding, pruned and not decoding)
             wanted: dict[str, Any] = {}

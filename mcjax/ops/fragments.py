@@ -6,8 +6,10 @@ made of them. `put_together` makes the arrays of one layer.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import jax
@@ -31,12 +33,16 @@ class Fragment:
     axes: tuple[str, ...]
     at: int
 
-    def whole(self, dtype: Any) -> jax.Array:
-        """The array, of `dtype`. Its gradient comes back in parts, added up over devices."""
-        part = self.part.astype(dtype)
+    def whole(self, dtype: Any, shared: Collection[str]) -> jax.Array:
+        """The array, of `dtype`, see `put_together`."""
+        array = self.part.astype(dtype)
         if not all(map(within, self.axes)):
-            return part
-        return jax.lax.all_gather(part, self.axes, axis=part.ndim + self.at, tiled=True)
+            return array
+        to = {axis: "varying" if axis in shared else "invarying" for axis in self.axes}
+        for kind, axes in groupby(reversed(self.axes), to.__getitem__):  # the innermost first
+            together, at = tuple(axes)[::-1], array.ndim + self.at
+            array = jax.lax.all_gather(array, together, axis=at, tiled=True, to=kind)
+        return array
 
 
 def is_made(leaf: Any) -> bool:
@@ -44,12 +50,19 @@ def is_made(leaf: Any) -> bool:
     return isinstance(leaf, Fragment) or (isinstance(leaf, Planes) and leaf.trains)
 
 
-def put_together(tree: Any, dtype: Any) -> Any:
-    """The tree with arrays of `dtype` in place of all that `is_made`."""
+def put_together(tree: Any, dtype: Any, shared: Collection[str] = ()) -> Any:
+    """The tree with arrays of `dtype` in place of all that `is_made`.
+
+    Args:
+      tree: weights.
+      dtype: of arrays.
+      shared: axes of a `jax.shard_map` that share out what the weights multiply. Over these a
+        fragment's gradient is added up, along others it is the same everywhere.
+    """
 
     def whole(leaf):
         if isinstance(leaf, Fragment):
-            return leaf.whole(dtype)
+            return leaf.whole(dtype, shared)
         return values(leaf, dtype) if is_made(leaf) else leaf
 
     return jax.tree.map(whole, tree, is_leaf=is_made)
