@@ -3,7 +3,8 @@ r"""What a model takes on a mesh: bytes of each device, and what travels for eac
     uv run python benchmarks/mesh.py --out benchmarks/results/mesh_cpu.json
 
 First a small Mixture of Experts on 1, 2, 4 and 8 virtual devices of the CPU: what the arrays of
-each device take, what its compiled program sends, and beside both what is predicted. Then the same
+each device take, what its compiled program sends, and beside both what is predicted; and what a
+device holds of one that is trained by `train/moe_lm.py`. Then the same
 predictions, by the same functions, of models that no test machine holds. Predicted bytes are those
 of the program's own shapes and shardings; the collectives of a layer follow the formulas of
 `travels`.
@@ -21,6 +22,7 @@ import argparse
 import json
 import math
 import re
+import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -40,7 +42,7 @@ from mcjax.hub import write
 from mcjax.models import weights
 from mcjax.models.decoder import Decoder, Heads, Routed
 from mcjax.models.families import describe
-from mcjax.models.language_model import empty_cache
+from mcjax.models.language_model import LanguageModel, empty_cache
 
 AXES = ("data", "expert", "model")
 SMALL = {
@@ -145,7 +147,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    facts: dict[str, Any] = {"jax": jax.__version__, "small": measured(), "large": []}
+    facts: dict[str, Any] = {"jax": jax.__version__, "small": measured(), "trained": trained()}
+    facts["large"] = []
     for name, config in LARGE.items():
         for named, machine in MACHINES.items():
             mesh = AbstractMesh(machine.shape, AXES, axis_types=(AxisType.Auto,) * 3)
@@ -168,12 +171,7 @@ def measured() -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as directory:
         artifact = small_artifact(Path(directory))
         for shape in [(1, n, 1) for n in (1, 2, 4, 8)] + [(1, 1, n) for n in (2, 4, 8)]:
-            mesh = jax.make_mesh(
-                shape,
-                AXES,
-                axis_types=(AxisType.Auto,) * 3,
-                devices=jax.devices()[: math.prod(shape)],
-            )
+            mesh = on_devices(shape)
             model = mcjax.load(artifact, bits=2, mesh=mesh)
             batch, length = 8, 64
             cache = model.module.empty_cache(batch, length)
@@ -194,6 +192,50 @@ def measured() -> list[dict[str, Any]]:
             }
             rows.append(row)
             print(json.dumps(row), flush=True)
+    return rows
+
+
+def on_devices(shape: tuple[int, int, int]) -> jax.sharding.Mesh:
+    """As many of the virtual devices as a mesh has."""
+    types, devices = (AxisType.Auto,) * 3, jax.devices()[: math.prod(shape)]
+    return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+
+
+def trained() -> list[dict[str, Any]]:
+    """Bytes of each device of a training state, and of temporaries of a step."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
+    import loop
+    import moe_lm
+    from recipe import LanguageRecipe
+
+    recipe, rows = LanguageRecipe(model=SMALL, seq_len=64, batch_size=8), []
+    row = np.zeros(recipe.seq_len + 1, np.int32)
+    each = [(n, 1, 1) for n in (1, 2, 4, 8)] + [(2, 4, 1), (2, 2, 2)]
+    for shape in each:
+        mesh = on_devices(shape)
+        shared = sharding.resolve(mesh, fully=True) if mesh.size > 1 else None
+        module = LanguageModel(recipe.decoder, shared=shared)
+        optimiser = loop.adamw(
+            learning_rate=recipe.learning_rate,
+            warmup=recipe.warmup,
+            steps=recipe.steps,
+            weight_decay=recipe.weight_decay,
+            clip=recipe.clip,
+        )
+        state, _ = moe_lm.begun(recipe, module, optimiser)
+        axes = ("data",) if shared is None else shared.batch
+        tokens = loop.global_batch(mesh, (recipe.batch_size, row.size), lambda i: row, axes)
+        step = moe_lm.make_step(module, recipe, optimiser)
+        with jax.set_mesh(mesh):
+            compiled = step.lower(state, tokens).compile()
+        found = {
+            "mesh": shape,
+            "parameters": of_device(state.params),
+            "moments": of_device(state.optimiser),
+            "temporaries": compiled.memory_analysis().temp_size_in_bytes,
+        }
+        rows.append(found)
+        print(json.dumps(found), flush=True)
     return rows
 
 

@@ -22,4 +22,6 @@ def _on_host(array: Any) -> np.ndarray:
         return np.asarray(array)
     from jax.experimental import multihost_utils
 
+    if array.ndim > 2:  # whole on every device it might not fit
+        return np.stack([_on_host(array[i]) for i in range(len(array))])
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))

@@ -21,6 +21,7 @@ from mcjax.models.decoder import Decoder, Routed
 from mcjax.models.language_model import LanguageModel
 from mcjax.notes import note
 from mcjax.ops import Adapted
+from mcjax.ops.adapted import plain
 
 ATTENTION_BITS = 4
 
@@ -66,7 +67,7 @@ class Model:
     @property
     def _shared_out(self) -> list[Any]:
         """The weights that a budget is about."""
-        return list(map(_plain, weights.expert_weights(self.module.decoder, self.params)))
+        return list(map(plain, weights.expert_weights(self.module.decoder, self.params)))
 
     @property
     def widths(self) -> dict[tuple[int, str], np.ndarray]:
@@ -79,7 +80,7 @@ class Model:
         found: dict[tuple[int, str], np.ndarray] = {}
         for member in weights.members(decoder):
             for tap, roles in weights.by_tap(member.layer, decoder.width).items():
-                held = _plain(weights.get(self.params, member.path + roles[0].path))
+                held = plain(weights.get(self.params, member.path + roles[0].path))
                 if isinstance(held, BitPlanes):
                     held = weights.looked_up(held)
                 if not isinstance(held, MixedPlanes):
@@ -171,11 +172,6 @@ class Model:
             bytes_read=self.bytes_read + reader.bytes_read,
             expert_bytes_read=self.expert_bytes_read + reader.expert_bytes_read,
         )
-
-
-def _plain(weight: Any) -> Any:
-    """A weight without the factors of `mcjax.lora`."""
-    return weight.weight if isinstance(weight, Adapted) else weight
 
 
 def refuse_adapters(params: Any) -> None:
@@ -308,9 +304,9 @@ def _load_folder(
             f"{folder.path} is not an artifact, so budgets, bits, allocations, activation bits and "
             "pruning do not apply; make one with `mcjax compress`"
         )
-    params = folder.read()
+    params = folder.read(on_host=shared is not None)
     if shared is not None:
-        params = sharding.put_on(folder.decoder, jax.device_get(params), shared)
+        params = sharding.put_on(folder.decoder, params, shared)
     return Model(
         params=params,
         module=LanguageModel(folder.decoder, dtype, None, cache_dtype, shared),

@@ -94,9 +94,9 @@ def small_config(name):
     return {key: value for key, value in config.items() if value is not None}
 
 
-def small_model(folder, name):
-    """Writes a random model in which no weight is as it begins."""
-    config = small_config(name)
+def small_model(folder, name, **changes):
+    """Writes a random model in which no weight is as it begins, of a config with some changes."""
+    config = small_config(name) | changes
     params = weights.init(describe(config)[1], jax.random.key(0))
     leaves, tree = jax.tree.flatten(params)
     draw = np.random.default_rng(0).standard_normal

@@ -143,6 +143,33 @@ def test_planes_of_families_on_a_mesh(name, tmp_path, text_file):
     run(FAMILY, tmp_path / "out")
 
 
+def test_what_no_axis_divides_is_whole(tmp_path):
+    """Experts of an odd width; and networks of which some weights have adapters, others not."""
+    routed = small_model(tmp_path / "routed", "qwen3_moe", moe_intermediate_size=29)
+    run(
+        """
+        tokens = np.random.default_rng(0).integers(0, 64, (4, 9)).astype(np.int32)
+        for folder in sys.argv[1:]:
+            one = mcjax.load(folder)
+            many = mcjax.load(folder, mesh=mesh_of(2, 1, 2), rules={"expert": None})
+            np.testing.assert_allclose(many(tokens), one(tokens), rtol=1e-4, atol=5e-5)
+            for pattern in "gate$", "down$", "experts|gate|up|down":
+                of_model = {"pattern": pattern, "decoder": one.module.decoder}
+                adapters = mcjax.lora.init(jax.random.key(0), one.params, rank=2, **of_model)
+                adapters = jax.tree.map(lambda a: a + 0.1, adapters)
+                expected, got = (
+                    jax.jit(model.module.apply)(
+                        {"params": mcjax.lora.apply(model.params, adapters)}, tokens
+                    )
+                    for model in (one, many)
+                )
+                np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+        """,
+        routed,
+        small_model(tmp_path / "dense", "llama"),
+    )
+
+
 @pytest.mark.parametrize("ragged", [False, True])
 def test_rows_find_their_experts(ragged):
     """However unevenly they are routed, with gradients; rows that are not kept are not sent.

@@ -287,8 +287,12 @@ def test_bad_input(tmp_path, text_file, trained, capsys, monkeypatch):
     assert "was trained with" in run("--config", minutes, "--out", trained, "--resume")
     assert "cannot open tfds:no_such" in run("--config", minutes, *out, "--text", "tfds:no_such")
     assert not (tmp_path / "new").exists() and not (tmp_path / "new.text").exists()
-    with pytest.raises(ValueError, match="seq_len 64 exceeds"):
-        dataclasses.replace(RECIPE, seq_len=64)
+    for wrong, message in (
+        ({"seq_len": 64}, "seq_len 64 exceeds"),
+        ({"evaluate_every": 0}, "evaluate_every must be at least 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(RECIPE, **wrong)
 
 
 @pytest.mark.slow

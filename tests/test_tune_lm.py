@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import loop
 import numpy as np
 import pytest
@@ -123,6 +124,18 @@ def test_ends_as_an_artifact(tuned, artifact, model_folder):
         assert np.array_equal(*(model(tokens) for model in pair)) == same
     rows = (out.with_name("out.run") / "metrics.csv").read_text().splitlines()
     assert rows[0].startswith("step,divergence") and rows[-1].startswith("6,")
+
+
+def test_tables_lie_as_experts_do():
+    """A run goes on where as many devices share experts, who stand in another order else."""
+    device = jax.devices()[0]
+
+    def sharing(**axes):
+        devices = np.full(tuple(axes.values()), device, object)
+        return tune_lm._sharing(jax.sharding.Mesh(devices, tuple(axes)))
+
+    assert sharing(data=1, expert=1) is None and sharing(data=4) is None
+    assert sharing(data=2, expert=2) == 2 and sharing(expert=4, model=2) == 4
 
 
 def test_bad_input(tuned, model_folder, capsys, tmp_path, monkeypatch):

@@ -414,7 +414,7 @@ def test_configs_are_sound():
         ({"sampled": 2, "objective": "mgda"}, "sampled 2 needs the objective fixed.*got mgda"),
         ({"sampled": 2, "objective": "uncertainty"}, "sampled 2 needs .*got uncertainty"),
         ({"learning_rate": float("nan")}, "learning_rate must be positive, got nan"),
-        ({"evaluate_every": 3}, "evaluate_every 3 must be a multiple of log_every 2"),
+        ({"evaluate_every": 0}, "evaluate_every must be at least 1, got 0"),
     ],
 )
 def test_bad_recipes(change, words):

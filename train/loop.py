@@ -223,11 +223,11 @@ def fit(
                     state, metrics = step(state, batch(i))
                 done = i + 1
                 progress.update(task, completed=done)
-                if done % log_every == 0 or done == steps:
+                tested = evaluate is not None and (done % evaluate_every == 0 or done == steps)
+                if done % log_every == 0 or done == steps or tested:
                     row = {k: float(v) for k, v in metrics.items()}
                     row["steps_per_second"] = (done - since) / (time.perf_counter() - started)
-                    last = evaluate is not None and (done % evaluate_every == 0 or done == steps)
-                    if last and evaluate is not None:
+                    if evaluate is not None and tested:
                         row |= evaluate(state)
                     rows.add(done, row)
                     words = ", ".join(f"{k} {v:.4g}" for k, v in row.items())
@@ -329,6 +329,13 @@ def refuse_other(directory: Path, identity: Mapping[str, Any]) -> None:
         )
 
 
+def place(name: str) -> Path:
+    """A path that a command line names, which must be of this machine."""
+    if "://" in name:
+        raise argparse.ArgumentTypeError(f"{name} is no folder of this machine; mount it here")
+    return Path(name)
+
+
 def command_line(doc: str | None) -> argparse.ArgumentParser:
     """A parser of what every recipe takes; hand its arguments to `begin`.
 
@@ -340,7 +347,7 @@ def command_line(doc: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", required=True, type=Path, help="a file of train/configs")
     parser.add_argument(
-        "--out", type=Path, help="folder to write, by default named as the config; must not exist"
+        "--out", type=place, help="folder to write, by default named as the config; must not exist"
     )
     parser.add_argument("--steps", type=int, help="instead of the config's")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")

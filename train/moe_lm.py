@@ -33,6 +33,7 @@ from loop import (
     device_mesh,
     fit,
     global_batch,
+    meet,
     mesh_sizes,
     program,
     state_shardings,
@@ -268,7 +269,9 @@ def _prepare_tfds(recipe, name, tokenizer, work):
     )
     training = _First(source, len(source) - count)
     corpus = TfdsCorpus(training, encoder, recipe.seq_len + 1)
-    return corpus, windows(validation, recipe.seq_len, "held-out text"), f"{name}/{len(source)}"
+    meaning = hashlib.sha256((work / "tokenizer.json").read_bytes()).hexdigest()
+    digest = f"{name}/{len(source)}/{meaning}"
+    return corpus, windows(validation, recipe.seq_len, "held-out text"), digest
 
 
 class _First:
@@ -324,7 +327,8 @@ def train(
         raise ValueError(f"{out} exists; choose another --out, or go on with --resume")
     number = f".{jax.process_index()}" if jax.process_count() > 1 else ""
     work = out.with_name(f"{out.name}.text{number}")
-    work.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(work, ignore_errors=True)  # what a run that was killed has left
+    work.mkdir(parents=True)
     try:
         corpus, validation, digest = prepare(recipe, text, tokenizer, work)
         module = LanguageModel(
@@ -366,6 +370,7 @@ def train(
         params = everywhere(state.params)
         if jax.process_index() == 0:
             export(out, work, recipe.model, params)
+        meet("written")  # a process that ended would not wait long for the first one
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return last

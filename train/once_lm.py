@@ -32,6 +32,7 @@ from loop import (
     global_batch,
     join,
     mesh_sizes,
+    place,
     program,
     state_shardings,
     take_processes,
@@ -42,7 +43,7 @@ from mcjax import bitplane, checkpoint, parameters, qat, serving, sharding, text
 from mcjax.bitplane import BitPlanes, MixedPlanes
 from mcjax.compress import compress
 from mcjax.hosts import everywhere
-from mcjax.hub import Folder
+from mcjax.hub import Folder, local
 from mcjax.models import weights
 from mcjax.models.decoder import Decoder
 from mcjax.models.language_model import LanguageModel
@@ -138,8 +139,9 @@ def shared_out(decoder: Decoder, shared: sharding.Sharding, trained, kept, teach
     where = sharding.shardings(decoder, teacher, shared)
 
     def of_weight(name, leaf):
-        own = weights.get(where, tuple(name.split(".")))
-        tables = P(None, shared.expert) if shared.expert in own.spec[1:2] else P()
+        path = tuple(name.split("."))
+        own, routed = weights.get(where, path), path[-1 - len(weights.EXPERTS) : -1]
+        tables = P(None, shared.expert) if routed == weights.EXPERTS else P()
         return {
             "w": shared.place(leaf["w"], own.spec),
             "quantizer": jax.tree.map(lambda a: shared.place(a, tables), leaf["quantizer"]),
@@ -213,7 +215,7 @@ def main() -> None:
     )
     parser.add_argument("model", type=Path)
     parser.add_argument("artifact", type=Path)
-    parser.add_argument("out", type=Path, help="the artifact to write; must not exist")
+    parser.add_argument("out", type=place, help="the artifact to write; must not exist")
     parser.add_argument("--text", required=True, help="training text")
     parser.add_argument("--calibration", required=True, help="as in mcjax compress")
     parser.add_argument("--steps", type=int, default=300)
@@ -228,13 +230,16 @@ def main() -> None:
     join(arguments)
     if arguments.out.exists():
         raise ValueError(f"{arguments.out} exists; remove it or choose another place")
-    folder = Folder(arguments.model)
+    folder = Folder(local(arguments.model))
     decoder, sizes = folder.decoder, arguments.mesh and mesh_sizes(arguments.mesh)
     mesh = device_mesh(sizes) if sizes else data_mesh()
-    made_of = checkpoint.read_manifest(arguments.artifact)
+    made_of, model_hash = checkpoint.read_manifest(arguments.artifact), folder.source_hash()
+    if made_of["source_sha256"] != model_hash:
+        raise ValueError(f"{arguments.artifact} was made of another model than {arguments.model}")
     widths = made_of["statistics"]["bits"]
     ends = decoder.eos_token_ids
     tokens = text.encode_file(folder.tokenizer_path, arguments.text, decoder.vocab_size, ends)
+    text.check_length(arguments.seq_len, decoder.max_position_embeddings)
     length = arguments.seq_len + 1
     begin = text.beginning(folder.tokenizer_path, decoder.vocab_size, "auto")
     text.windows(tokens, length, "training text", begin)
@@ -262,7 +267,7 @@ def main() -> None:
         identity={name: getattr(arguments, name) for name in names}
         | {
             "text": checkpoint.crc32(tokens),
-            "model": folder.source_hash(),
+            "model": model_hash,
             "artifact": checkpoint.crc32(np.frombuffer(json.dumps(made_of).encode(), np.uint8)),
         },
         resume=arguments.resume,

@@ -76,8 +76,8 @@ class LanguageRecipe:
     evaluate_every: int = 500
 
     def __post_init__(self):
-        least = ("seq_len", "batch_size", "steps", "save_every", "log_every", "accumulation")
-        for name in least:
+        every = ("save_every", "log_every", "evaluate_every")
+        for name in ("seq_len", "batch_size", "steps", "accumulation", *every):
             if getattr(self, name) < 1:
                 raise ValueError(f"recipe: {name} must be at least 1, got {getattr(self, name)}")
         if self.batch_size % self.accumulation:
@@ -151,7 +151,7 @@ class VisionRecipe:
       seed: of parameters, batches and mixing.
       save_every: steps between checkpoints.
       log_every: steps between rows of metrics.
-      evaluate_every: steps between tests, a multiple of `log_every`.
+      evaluate_every: steps between tests.
       shifted: datasets of the same classes to test accuracy with at the end, among the classes
         that they show; ImageNet-A for instance. Those that are not there are left out.
       outliers: datasets of no known class, to test at the end how well the largest probability
@@ -229,11 +229,6 @@ class VisionRecipe:
             raise ValueError(
                 f"recipe: a batch_size of {self.batch_size} cannot be cut into "
                 f"{self.accumulation} parts"
-            )
-        if self.evaluate_every % self.log_every:
-            raise ValueError(
-                f"recipe: evaluate_every {self.evaluate_every} must be a multiple of log_every "
-                f"{self.log_every}"
             )
         for name in ("distill", "r_s", "r_r"):
             if not 0 <= getattr(self, name) <= 1:

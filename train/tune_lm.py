@@ -33,6 +33,7 @@ from loop import (
     join,
     meet,
     mesh_sizes,
+    place,
     program,
     refuse_other,
     state_shardings,
@@ -42,7 +43,7 @@ from moe_lm import FileCorpus, check_shared
 
 import mcjax
 from mcjax import checkpoint, sharding, text, tune
-from mcjax.hub import Folder
+from mcjax.hub import Folder, local
 from mcjax.models.language_model import LanguageModel
 
 MESH = (
@@ -109,10 +110,9 @@ def begun(
     fully = sharding.resolve(mesh, fully=True) if many else None
     check_shared(decoder, fully, batch_size)
     model = mcjax.load(artifact, **precision, mesh=mesh if many else None)
-    with jax.default_device(jax.local_devices(backend="cpu")[0] if many else None):
-        teacher = folder.read()
+    teacher = folder.read(on_host=many)
     if fully is not None:
-        teacher = sharding.put_on(decoder, jax.device_get(teacher), fully)
+        teacher = sharding.put_on(decoder, teacher, fully)
     teaches = LanguageModel(decoder, shared=fully)
     tables = tune.init(model.params, ())["tables"]
     optimiser = adam({"tables": tables, "others": {}}, steps, rate)
@@ -149,6 +149,12 @@ def begun(
     )
 
 
+def _sharing(mesh: Mesh) -> int | None:
+    """How many devices share experts, by which tables are ordered; None if all have all."""
+    shared = sharding.resolve(mesh)
+    return None if mesh.size == 1 or shared.expert is None else shared.size(shared.expert)
+
+
 def main() -> None:
     """Reads the command line and trains."""
     parser = argparse.ArgumentParser(
@@ -156,7 +162,7 @@ def main() -> None:
     )
     parser.add_argument("model", type=Path)
     parser.add_argument("artifact", type=Path)
-    parser.add_argument("out", type=Path, help="the artifact to write; must not exist")
+    parser.add_argument("out", type=place, help="the artifact to write; must not exist")
     parser.add_argument("--text", required=True, help="training text")
     parser.add_argument("--budget", help='average bits, or all bytes, such as "4.2GB"')
     parser.add_argument("--bits", type=int, help="one width for every expert instead")
@@ -182,7 +188,7 @@ def main() -> None:
         raise ValueError("say what to tune for: --budget or --bits, one of them")
     if arguments.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {arguments.batch_size}")
-    folder, made_of = Folder(arguments.model), checkpoint.read_manifest(arguments.artifact)
+    folder, made_of = Folder(local(arguments.model)), checkpoint.read_manifest(arguments.artifact)
     model_hash = folder.source_hash()
     if made_of["source_sha256"] != model_hash:
         raise ValueError(f"{arguments.artifact} was made of another model than {arguments.model}")
@@ -206,6 +212,7 @@ def main() -> None:
         "text": checkpoint.crc32(tokens),
         "model": model_hash,
         "artifact": checkpoint.crc32(np.frombuffer(json.dumps(made_of).encode(), np.uint8)),
+        "experts_shared_by": _sharing(mesh),
     }
     if run_folder.exists():
         refuse_other(run_folder, about)

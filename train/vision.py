@@ -273,7 +273,10 @@ def train(
         )
     finally:
         row.close()
-    if jax.process_index():
+    first = jax.process_index() == 0
+    if jax.process_count() > 1:
+        jax.distributed.shutdown()  # the rest takes the first process longer than others may wait
+    if not first:
         return {}
     export(out, recipe, num_classes, state)
     predictors = {}

@@ -44,12 +44,19 @@ class Folder(Checkpoint):
             self._open(file)
         self._check_tensors()
 
-    def read(self, dtype: Any = None, progress: Callable = lambda items: items) -> dict[str, Any]:
+    def read(
+        self,
+        dtype: Any = None,
+        progress: Callable = lambda items: items,
+        *,
+        on_host: bool = False,
+    ) -> dict[str, Any]:
         """All parameters of a `LanguageModel`, each put where it belongs as it is read.
 
         Args:
           dtype: of the weights, None for what they are stored in.
           progress: wraps the iteration over layers.
+          on_host: leaves them there, NumPy arrays, for whoever shares them out on devices.
         """
         tree = self.read_rest(dtype)
         places = self.decoder.places
@@ -63,7 +70,7 @@ class Folder(Checkpoint):
                     weights.put(tree, where, np.empty(room, value.dtype))
                 weights.get(tree, where)[repeat] = value
             self.unmap()
-        return jax.device_put(tree)
+        return tree if on_host else jax.device_put(tree)
 
     @property
     def itemsize(self) -> int:

@@ -14,6 +14,7 @@ from mcjax.bitplane import Planes
 from mcjax.models.decoder import Activation, Dense, Routed, Routing
 from mcjax.models.norms import rms_norm
 from mcjax.ops import Columns, aligned, choice, device, dot, exchange, expert_map, expert_rows_dot
+from mcjax.ops.adapted import plain
 from mcjax.ops.columns import gathered, held
 from mcjax.ops.dot import expert_product
 from mcjax.ops.route import route as most_probable
@@ -197,29 +198,28 @@ def apply_experts(
     platform = device.platform()
     x, (gate, up) = aligned(x, weights["gate"], weights["up"])  # before rows are repeated
     weights = {**weights, "gate": gate, "up": up}
+    matrices: tuple[Any, ...] = gate, up, weights["down"]
     how = expert_product(index.shape[0], gate, act_bits, product)
     if (
         how == "popcount"
         and platform == "gpu"
         and spec.activation == Activation()
         and not spec.bias
-        and all(isinstance(weights[name], Planes) for name in ("gate", "up", "down"))
+        and all(isinstance(weight, Planes) for weight in matrices)
         and not weights["down"].rotated  # it rounds hidden features as they come
     ):
         from mcjax.ops import dp4a  # what it needs of Pallas is slow to import
 
-        own = tuple(weights[name] for name in ("gate", "up", "down"))
-        return dp4a.swiglu(x, own, index, keep, act_bits)
+        return dp4a.swiglu(x, matrices, index, keep, act_bits)
     rows = jnp.repeat(x, index.shape[0] // x.shape[0], axis=0)
-    if how == "pallas" or (how == "popcount" and platform == "gpu") or isinstance(gate, Columns):
+    shared = any(isinstance(plain(weight), Columns) for weight in matrices)
+    if how == "pallas" or (how == "popcount" and platform == "gpu") or shared:
         # The kernels take all experts at once, of any widths; and devices gather at once.
-        def every(name, x):
-            y = expert_rows_dot(x, held(weights[name]), index, keep, act_bits, how)
-            bias = held(weights.get(f"{name}_bias"))
+        def every(x, weight, bias):
+            y = expert_rows_dot(x, weight, index, keep, act_bits, how)
             return y if bias is None else y + bias.astype(y.dtype)[index]
 
-        hidden = gathered(activate(spec.activation, every("gate", rows), every("up", rows)), gate)
-        y = gathered(every("down", hidden), weights["down"])
+        y, _ = _gated(spec.activation, weights, rows, every)
         return y if keep is None or not spec.bias else jnp.where(keep[:, None], y, 0)
     names = tuple(name for name in _NAMES if name in weights)
     function = partial(_rows_of_one, spec.activation, act_bits, how, names)
@@ -236,14 +236,33 @@ def one_expert(
 ) -> tuple[jax.Array, jax.Array]:
     """What a gated network of its own weights makes of x [..., D]: that, and what down sees."""
 
-    def multiply(name, x):
-        y = dot(x, held(weights[name]), act_bits, product)
-        bias = held(weights.get(f"{name}_bias"))
+    def multiply(x, weight, bias):
+        y = dot(x, weight, act_bits, product)
         return y if bias is None else y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
 
-    hidden = activate(activation, multiply("gate", x), multiply("up", x))
-    hidden = gathered(hidden, weights["gate"])
-    return gathered(multiply("down", hidden), weights["down"]), hidden
+    return _gated(activation, weights, x, multiply)
+
+
+def _gated(activation, weights, x, multiply: Callable[[Any, Any, Any], jax.Array]):
+    """What a gated network makes of x, and what down sees, by ``multiply(x, weight, bias)``.
+
+    Where each device has some columns of what is added up or multiplied, it is gathered after.
+    """
+
+    def product(name, x, local):
+        weight, bias = weights[name], weights.get(f"{name}_bias")
+        if local:
+            return multiply(x, held(weight), held(bias))
+        return multiply(x, weight, gathered(held(bias), bias))
+
+    raising, own = (
+        all(isinstance(weights[name], Columns) for name in names)
+        for names in (("gate", "up"), ("down",))
+    )
+    hidden = activate(activation, product("gate", x, raising), product("up", x, raising))
+    hidden = gathered(hidden, weights["gate"]) if raising else hidden
+    y = product("down", hidden, own)
+    return gathered(y, weights["down"]) if own else y, hidden
 
 
 def _rows_of_one(activation, act_bits, product, names, weights, rows):

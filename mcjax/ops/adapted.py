@@ -31,8 +31,8 @@ class Adapted:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Logical shape [..., d_in, d_out]."""
-        return tuple(self.weight.shape)
+        """Logical shape [..., d_in, d_out], of the whole where the weight is `Columns`."""
+        return (*self.weight.shape[:-1], self.b.shape[-1])
 
     @property
     def bits(self) -> Any:
@@ -55,7 +55,7 @@ class Adapted:
 
     def added(self, x: jax.Array) -> jax.Array:
         """What the factors add to a product: x [..., d_in] to [..., d_out] of x's dtype."""
-        return jnp.dot(jnp.dot(x, self.a.astype(x.dtype)), self.b.astype(x.dtype))
+        return low_rank((self.a, self.b), x)
 
     def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
         """``W + A B``, [..., d_in, d_out] of `dtype`."""
@@ -68,3 +68,14 @@ class Adapted:
 
     def __repr__(self) -> str:
         return f"Adapted({self.weight!r}, rank={self.a.shape[-1]})"
+
+
+def low_rank(factors: tuple[jax.Array, jax.Array], x: jax.Array) -> jax.Array:
+    """``(x A) B`` of x [..., d_in], in x's dtype."""
+    a, b = factors
+    return jnp.dot(jnp.dot(x, a.astype(x.dtype)), b.astype(x.dtype))
+
+
+def plain(weight: Any) -> Any:
+    """A weight without such factors."""
+    return weight.weight if isinstance(weight, Adapted) else weight

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from mcjax import rotation
 from mcjax.bitplane import BitPlanes, MixedPlanes
 from mcjax.ops import choice, device
-from mcjax.ops.adapted import Adapted
+from mcjax.ops.adapted import Adapted, low_rank, plain
 from mcjax.ops.columns import Columns, gathered, held
 from mcjax.ops.grouped import Weight, expert_map
 from mcjax.ops.linear import automatic, rows_as
@@ -191,6 +191,10 @@ def expert_rows_dot(
         own = expert_rows_dot(x, planes.weight, index, keep, act_bits, product)
         return gathered(own, planes)
     platform = device.platform()
+    if isinstance(planes, Adapted) and isinstance(plain(planes), Columns):  # gathered but once
+        own = expert_rows_dot(x, plain(planes), index, keep, act_bits, product)
+        block = choice.expert_rows(platform, x.shape[0], planes.shape[0], act_bits)
+        return own + expert_map(low_rank, (planes.a, planes.b), x, index, keep, block)
     x, (planes,) = aligned(x, planes)
     how = expert_product(x.shape[0], planes, act_bits, product)
     if isinstance(planes, BitPlanes | MixedPlanes):  # what these need of Pallas is slow to import
