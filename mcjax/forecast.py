@@ -374,7 +374,7 @@ class _Kind:
             w,
             gram if self.meter.timed else _floats(*gram.shape),
             widths=planes.widths,
-            weights=tuple(api.WEIGHTS[k - 1] for k in planes.widths),
+            weights=api.usual_weights(planes.widths),
             group_size=planes.group_size,
             rotated=self.how.rotated,
             damping=np.float32(0.03),

@@ -317,7 +317,7 @@ def test_interrupted_and_resumed(model_folder, text_file, tmp_path, capsys, monk
 
 def test_dry_run(model_folder, text_file, tmp_path, capsys):
     """Says what it would take, and writes nothing."""
-    arguments = options(model_folder, tmp_path / "out", text_file)
+    arguments = options(model_folder, tmp_path / "out", text_file, "--max-bits", "1")
     assert run(*arguments, "--dry-run") == 0
     said = capsys.readouterr().out
     for stage in ("importance of tokens", "layers", "what widths cost", "at most, and in all"):

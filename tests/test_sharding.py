@@ -153,7 +153,7 @@ def test_what_no_axis_divides_is_whole(tmp_path):
             one = mcjax.load(folder)
             many = mcjax.load(folder, mesh=mesh_of(2, 1, 2), rules={"expert": None})
             np.testing.assert_allclose(many(tokens), one(tokens), rtol=1e-4, atol=5e-5)
-            for pattern in "gate$", "down$", "experts|gate|up|down":
+            for pattern in "gate$", "down$":
                 of_model = {"pattern": pattern, "decoder": one.module.decoder}
                 adapters = mcjax.lora.init(jax.random.key(0), one.params, rank=2, **of_model)
                 adapters = jax.tree.map(lambda a: a + 0.1, adapters)

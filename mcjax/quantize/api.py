@@ -21,7 +21,17 @@ CHUNK = 1 << 24
 
 WEIGHTS = (1.0, 4.0, 16.0, 64.0, 6.4, 6.4, 6.4, 6.4)
 """How much the error of each width counts: about as much as that of others, which it is a quarter
-of or four times; and beyond four planes so little that these are as good as without the others."""
+of or four times; and a width beyond four planes so little that these are as good as without it."""
+
+MANY_WEIGHTS = (1.0, 4.0, 16.0, 52.0, 4.8, 4.8, 4.8, 4.8)
+"""The same where several widths are beyond four planes: together they ask of these what the error
+at four bits asks, so that counts less."""
+
+
+def usual_weights(widths: Sequence[int]) -> tuple[float, ...]:
+    """How much the error of each of these widths counts."""
+    each = MANY_WEIGHTS if sum(k > 4 for k in widths) > 1 else WEIGHTS
+    return tuple(each[k - 1] for k in widths)
 
 
 def quantize(
@@ -47,7 +57,7 @@ def quantize(
       gram: float [..., d_in, d_in], sums of x x' over calibration inputs x; None minimises the
         plain squared error of the weights.
       widths: widths that get a table, ascending up to `bits`; by default 1..bits.
-      weights: lambda_k, how much each width's error counts; by default `WEIGHTS`.
+      weights: lambda_k, how much each width's error counts; by default `usual_weights`.
       rotated: rotates input features first, see `mcjax.rotation`; for trained weights and inputs,
         of which some stand out.
       damping: fraction of the Gram matrix's mean diagonal added to its diagonal.
@@ -66,7 +76,7 @@ def quantize(
     widths = tuple(range(1, bits + 1)) if widths is None else tuple(int(k) for k in widths)
     if not widths or widths[-1] != bits or sorted(set(widths)) != list(widths) or widths[0] < 1:
         raise ValueError(f"widths must ascend from at least 1 to bits={bits}, got {widths}")
-    weights = tuple(WEIGHTS[k - 1] for k in widths) if weights is None else tuple(weights)
+    weights = usual_weights(widths) if weights is None else tuple(weights)
     if len(weights) != len(widths) or min(weights) <= 0:
         raise ValueError(f"weights must be {len(widths)} positive numbers, got {weights}")
     if w.ndim < 2 or not jnp.issubdtype(w.dtype, jnp.floating):
