@@ -39,6 +39,7 @@ from vision_step import (
 
 from mcjax import qat, tree
 from mcjax.checkpoint import read_manifest
+from mcjax.hosts import everywhere
 
 Predict = Callable[[jax.Array], jax.Array]  # images [B, H, W, C] -> logits [B, classes]
 
@@ -273,7 +274,7 @@ def train(
         )
     finally:
         row.close()
-    first = jax.process_index() == 0
+    state, first = everywhere(state), jax.process_index() == 0
     if jax.process_count() > 1:
         jax.distributed.shutdown()  # the rest takes the first process longer than others may wait
     if not first:
