@@ -40,10 +40,10 @@ from loop import (
 )
 from recipe import LanguageRecipe
 
-from mcjax import sharding
+from mcjax import checkpoint, sharding
 from mcjax.atomic import whole
 from mcjax.hosts import everywhere
-from mcjax.hub import write
+from mcjax.hub import Folder, write
 from mcjax.models import weights
 from mcjax.models.decoder import Decoder, Routed
 from mcjax.models.language_model import LanguageModel
@@ -389,6 +389,18 @@ def check_shared(
     for layer in decoder.layers:
         if isinstance(layer.block, Routed) and layer.block.experts % experts:
             raise ValueError(f"{layer.block.experts} experts cannot be shared by {experts} devices")
+
+
+def manifest_of(artifact: Path, model: Folder) -> dict[str, Any]:
+    """The manifest of an artifact, which must have been made of a model.
+
+    Raises:
+      ValueError: if it was made of another one, or is none.
+    """
+    manifest = checkpoint.read_manifest(artifact)
+    if manifest["source_sha256"] != model.source_hash():
+        raise ValueError(f"{artifact} was made of another model than {model.path}")
+    return manifest
 
 
 def export(out: Path, work: Path, config: Mapping[str, Any], params: Any) -> None:

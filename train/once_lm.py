@@ -37,7 +37,7 @@ from loop import (
     state_shardings,
     take_processes,
 )
-from moe_lm import MESH, FileCorpus, check_shared
+from moe_lm import MESH, FileCorpus, check_shared, manifest_of
 
 from mcjax import bitplane, checkpoint, parameters, qat, serving, sharding, text
 from mcjax.bitplane import BitPlanes, MixedPlanes
@@ -233,9 +233,7 @@ def main() -> None:
     folder = Folder(local(arguments.model))
     decoder, sizes = folder.decoder, arguments.mesh and mesh_sizes(arguments.mesh)
     mesh = device_mesh(sizes) if sizes else data_mesh()
-    made_of, model_hash = checkpoint.read_manifest(arguments.artifact), folder.source_hash()
-    if made_of["source_sha256"] != model_hash:
-        raise ValueError(f"{arguments.artifact} was made of another model than {arguments.model}")
+    made_of = manifest_of(arguments.artifact, folder)
     widths = made_of["statistics"]["bits"]
     ends = decoder.eos_token_ids
     tokens = text.encode_file(folder.tokenizer_path, arguments.text, decoder.vocab_size, ends)
@@ -267,7 +265,7 @@ def main() -> None:
         identity={name: getattr(arguments, name) for name in names}
         | {
             "text": checkpoint.crc32(tokens),
-            "model": model_hash,
+            "model": made_of["source_sha256"],
             "artifact": checkpoint.crc32(np.frombuffer(json.dumps(made_of).encode(), np.uint8)),
         },
         resume=arguments.resume,

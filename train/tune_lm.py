@@ -39,7 +39,7 @@ from loop import (
     state_shardings,
     take_processes,
 )
-from moe_lm import FileCorpus, check_shared
+from moe_lm import FileCorpus, check_shared, manifest_of
 
 import mcjax
 from mcjax import checkpoint, sharding, text, tune
@@ -188,10 +188,8 @@ def main() -> None:
         raise ValueError("say what to tune for: --budget or --bits, one of them")
     if arguments.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {arguments.batch_size}")
-    folder, made_of = Folder(local(arguments.model)), checkpoint.read_manifest(arguments.artifact)
-    model_hash = folder.source_hash()
-    if made_of["source_sha256"] != model_hash:
-        raise ValueError(f"{arguments.artifact} was made of another model than {arguments.model}")
+    folder = Folder(local(arguments.model))
+    made_of = manifest_of(arguments.artifact, folder)
     decoder, sizes = folder.decoder, arguments.mesh and mesh_sizes(arguments.mesh)
     mesh = device_mesh(sizes) if sizes else data_mesh()
     ends, length = decoder.eos_token_ids, arguments.seq_len
@@ -210,7 +208,7 @@ def main() -> None:
     names = ("budget", "bits", "steps", "batch_size", "seq_len", "learning_rate")
     about = {name: getattr(arguments, name) for name in names} | {
         "text": checkpoint.crc32(tokens),
-        "model": model_hash,
+        "model": made_of["source_sha256"],
         "artifact": checkpoint.crc32(np.frombuffer(json.dumps(made_of).encode(), np.uint8)),
         "experts_shared_by": _sharing(mesh),
     }
