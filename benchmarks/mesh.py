@@ -4,10 +4,9 @@ r"""What a model takes on a mesh: bytes of each device, and what travels for eac
 
 First a small Mixture of Experts on 1, 2, 4 and 8 virtual devices of the CPU: what the arrays of
 each device take, what its compiled program sends, and beside both what is predicted; and what a
-device holds of one that is trained by `train/moe_lm.py`. Then the same
-predictions, by the same functions, of models that no test machine holds. Predicted bytes are those
-of the program's own shapes and shardings; the collectives of a layer follow the formulas of
-`travels`.
+device holds of one that `train/moe_lm.py` trains. Then the same predictions, by the same functions,
+of models that no test machine holds. Predicted bytes are those of the program's own shapes and
+shardings; the collectives of a layer follow the formulas of `travels`.
 """
 
 from __future__ import annotations

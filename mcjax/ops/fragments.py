@@ -50,7 +50,7 @@ def is_made(leaf: Any) -> bool:
     return isinstance(leaf, Fragment) or (isinstance(leaf, Planes) and leaf.trains)
 
 
-def put_together(tree: Any, dtype: Any, shared: Collection[str] = ()) -> Any:
+def put_together(tree: Any, dtype: Any, shared: Collection[str]) -> Any:
     """The tree with arrays of `dtype` in place of all that `is_made`.
 
     Args:
