@@ -122,7 +122,8 @@ def main():
         for layer in items:
             start = time.perf_counter()
             yield layer
-            row = {"layer": layer, "seconds": time.perf_counter() - start, "peak_gb": peak_gb()}
+            seconds = time.perf_counter() - start
+            row = {"work": description, "step": layer, "seconds": seconds, "peak_gb": peak_gb()}
             rows.append(row)
             print(row, flush=True)
 

@@ -47,11 +47,12 @@ from mcjax.hub import Folder
 from mcjax.models import weights
 from mcjax.models.language_model import LanguageModel, embed
 from mcjax.quantize.gptq import grid
-from mcjax.quantize.gram import condition
+from mcjax.quantize.gram import condition, pad
 from mcjax.quantize.nested import inverse_factor
 
 BATCH = 8
 SCALE_BITS = 16
+METHODS = ("gptq", "matgptq", "anybcq", "llama.cpp")
 LLAMA_TYPES = ("Q2_K", "IQ2_S", "Q3_K", "IQ3_S")
 FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "IQ2_S": "IQ4_NL", "IQ3_S": "IQ4_NL"}
 
@@ -71,9 +72,11 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64, help="calibration windows of rivals")
     parser.add_argument("--windows", type=int, default=16, help="of the text")
     parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--methods", nargs="*", default=["gptq", "matgptq", "anybcq", "llama.cpp"])
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=METHODS)
     parser.add_argument("--ggml", type=Path, help="libggml-base.so of llama.cpp")
     arguments = parser.parse_args()
+    if "llama.cpp" in arguments.methods and arguments.ggml is None:
+        print("llama.cpp is left out, for want of --ggml", flush=True)
     folder = Folder(arguments.model)
 
     def windows(file):
@@ -247,16 +250,11 @@ def quantised(
 def matgptq(w: jax.Array, gram: jax.Array, widths: tuple[int, ...]) -> Made:
     """One GPTQ model of the most bits, whose leading bits are the others'."""
     group = resolve_group_size(w.shape[0], None)
-    pad = -w.shape[0] % group
-    values = _matgptq(jnp.pad(w, ((0, pad), (0, 0))), _padded(gram, pad), widths, group)
+    rows = -(-w.shape[0] // group) * group
+    wide = jnp.pad(w, ((0, rows - w.shape[0]), (0, 0)))
+    values = _matgptq(wide, pad(condition(gram), rows), widths, group)
     cost = {k: k + 2 * SCALE_BITS / group for k in widths}
     return {str(k): (v[: w.shape[0]], cost[k]) for k, v in zip(widths, values, strict=True)}
-
-
-def _padded(gram, pad):
-    gram = condition(gram)
-    extra = jnp.diag(jnp.where(jnp.arange(len(gram) + pad) < len(gram), 0.0, 1e-3))
-    return jnp.pad(gram, (0, pad)) + extra if pad else gram
 
 
 @partial(jax.jit, static_argnames=("widths", "group"))
@@ -295,7 +293,9 @@ def anybcq(w: jax.Array, gram: jax.Array, widths: tuple[int, ...]) -> Made:
     """Binary planes, each the sign of what those before leave, with scales of each width."""
     group = resolve_group_size(w.shape[0], None)
     diagonal, pad = jnp.diagonal(gram), -w.shape[0] % group
-    diagonal = jnp.pad(diagonal / jnp.mean(diagonal) + 0.01, (0, pad))
+    mean = jnp.mean(diagonal)  # 0 of an expert that no token reached
+    diagonal = jnp.where(mean > 0, diagonal / jnp.where(mean > 0, mean, 1), 1.0)
+    diagonal = jnp.pad(diagonal + 0.01, (0, pad))
     values = _anybcq(jnp.pad(w, ((0, pad), (0, 0))), diagonal, widths, group)
     return {
         str(k): (v[: w.shape[0]], k + SCALE_BITS * k / group)

@@ -24,7 +24,7 @@ from mcjax.models.decoder import Layer
 from mcjax.models.language_model import embed
 from mcjax.models.weights import Role
 from mcjax.quantize import gptq
-from mcjax.quantize.gram import condition
+from mcjax.quantize.gram import condition, pad
 
 ATTENTION_BITS = 4
 
@@ -97,7 +97,9 @@ def _experts(layer: Layer, own: Any, role: Role, seen, widths, group_size: int) 
 
 @partial(jax.jit, static_argnames="group_size")
 def _quantize(w, gram, bits, group_size):
-    return gptq(w, condition(gram), bits=bits, group_size=group_size)
+    rows = -(-len(w) // group_size) * group_size
+    wide = jnp.pad(w, ((0, rows - len(w)), (0, 0)))
+    return gptq(wide, pad(condition(gram), rows), bits=bits, group_size=group_size)[: len(w)]
 
 
 @partial(jax.jit, static_argnames="group_size")

@@ -38,6 +38,10 @@ CACHED = 1 << 22
 """Bytes that a reader keeps of what it has read: indices are read again, chunks are not."""
 
 MANIFEST = "manifest.json"
+
+MEASURED = "measured.jsonl"
+"""Beside an artifact's data: what `mcjax eval` has measured on it, one JSON object a line."""
+
 INTERCEPT = (*weights.BLOCK, "intercept")
 BY_EXPERT = tuple(".".join((*weights.EXPERTS, name, "")) for name in ("gate", "up", "down"))
 """How the names of leaves begin that are chunked along their first axis, experts."""

@@ -258,7 +258,7 @@ def _foretell(job: Any, memory: int | None) -> None:
 
 def _info(arguments: argparse.Namespace) -> None:
     from mcjax.checkpoint import ArtifactReader, verify
-    from mcjax.report import describe, plot
+    from mcjax.report import CACHED, describe, plot
 
     facts = describe(arguments.out, _budget(arguments), arguments.policy)
     if arguments.verify:
@@ -283,6 +283,7 @@ def _info(arguments: argparse.Namespace) -> None:
         "calibration",
     ):
         print(f"{key:18} {facts[key]}")
+    print(f"{'cache_bytes':18} {facts['cache_bytes']} more for a sequence of {CACHED} tokens")
     for layer, expert, tokens in facts["rare_experts"]:
         print(f"rare               expert {expert} of layer {layer}: {tokens} calibration tokens")
     if facts["allocation"] is not None:
@@ -331,6 +332,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if arguments.odp:
         print(f"experts skipped   {100 * facts['experts_pruned']:.1f} % of those routed to")
     print(f"bytes read        {facts['bytes_read']} ({_size(facts['bytes_read'])})")
+    print(f"cache beside them {_size(facts['cache_bytes'])} for {arguments.seq_len} tokens")
     print(f"tokens a second   {facts['tokens_per_second']:.0f}")
 
 

@@ -17,16 +17,17 @@ import numpy as np
 
 from mcjax import allocate, checkpoint, importance, passes, sensitivity
 from mcjax.atomic import whole
-from mcjax.bitplane import BitPlanes
+from mcjax.bitplane import BitPlanes, resolve_group_size
 from mcjax.calibrate import Seen, observe
 from mcjax.forecast import within
 from mcjax.hub import Folder, read_json
 from mcjax.job import Job, prepare
+from mcjax.leaves import added
 from mcjax.models import weights
 from mcjax.models.decoder import Decoder
 from mcjax.models.families import describe
 from mcjax.process_memory import sparing
-from mcjax.quantize_layer import quantize_layer
+from mcjax.quantize_layer import Options, quantize_layer
 from mcjax.tune_artifact import dense_at, first_tables, outputs, read_layer, tune_artifact
 from mcjax.work import Work, keeping, write_json
 
@@ -46,7 +47,7 @@ RARE_SHARE = 0.1
 GRAMS = "grams.npz"
 """Where sums over a layer's inputs are kept."""
 
-AT_ONCE = ("batch_tokens", "chunk", "gram_bytes")
+AT_ONCE = ("batch_tokens", "most_kept", "chunk", "gram_bytes")
 
 WHEN = ("compressed", "tuned")
 """When it is measured what parts cost."""
@@ -102,7 +103,7 @@ def compress(
         raise ValueError(f"{out.parent} is not a folder")
     job = prepare(model, calibration, **options)
     if experts is not None:
-        _check_experts(experts, job.folder.decoder, job.how.max_bits)
+        _check_experts(experts, job.folder.decoder, job.how)
         leaves = jax.tree.leaves(list(experts))
         sums = [checkpoint.crc32(np.asarray(leaf)) for leaf in leaves]
         job = job._replace(identity={**job.identity, "experts_crc32": sums})
@@ -133,14 +134,16 @@ def compress(
 
 
 def _at_once(job: Job, work: Work, memory: int) -> Job:
-    """The job within so much memory: the one that an interrupted run began, if there is one."""
-    if not work.at_once.exists():
+    """The job within so much memory: the one that an interrupted run of as much began, if any."""
+    begun = read_json(work.at_once) if work.at_once.exists() else {}
+    if begun.get("memory") != memory:
         found = within(job, memory)
-        kept = found.batch_tokens, found.how.chunk, found.how.gram_bytes
-        write_json(work.at_once, dict(zip(AT_ONCE, kept, strict=True)))
-    batch_tokens, chunk, gram_bytes = (read_json(work.at_once)[name] for name in AT_ONCE)
+        kept = found.batch_tokens, found.most_kept, found.how.chunk, found.how.gram_bytes
+        begun = {"memory": memory, **dict(zip(AT_ONCE, kept, strict=True))}
+        write_json(work.at_once, begun)
+    batch_tokens, most_kept, chunk, gram_bytes = (begun[name] for name in AT_ONCE)
     how = job.how._replace(chunk=chunk, gram_bytes=gram_bytes)
-    return job._replace(batch_tokens=batch_tokens, how=how)
+    return job._replace(batch_tokens=batch_tokens, most_kept=most_kept, how=how)
 
 
 def _copy_beside(source: Path, out: Path) -> None:
@@ -160,18 +163,20 @@ def coverage(manifest: dict[str, Any]) -> list[tuple[int, int, int]]:
     return [(layers[i], int(e), int(frequency[i, e])) for i, e in where]
 
 
-def _check_experts(experts, decoder: Decoder, max_bits: int) -> None:
+def _check_experts(experts, decoder: Decoder, how: Options) -> None:
     layers = weights.budgeted_layers(decoder)
     if len(experts) != len(layers):
         raise ValueError(f"experts of {len(experts)} layers for {len(layers)}")
     for i, given in zip(layers, experts, strict=True):
         for role in weights.budgeted(decoder, decoder.layers[i]):
-            name, expected = role.path[-1], (role.shape, tuple(range(1, max_bits + 1)), True)
-            planes = given[name]
-            if (planes.shape, planes.widths, planes.rotated) != expected:
+            name, planes = role.path[-1], given[role.path[-1]]
+            group = resolve_group_size(role.shape[-2], how.group_size)
+            expected = role.shape, tuple(range(1, how.max_bits + 1)), group, True
+            got = planes.shape, planes.widths, planes.group_size, planes.rotated
+            if got != expected:
                 raise ValueError(
-                    f"experts' {name} has shape {planes.shape}, widths {planes.widths} and "
-                    f"rotated={planes.rotated}, want {expected[0]}, {expected[1]} and True"
+                    f"experts' {name} has shape {got[0]}, widths {got[1]}, groups of {got[2]} and "
+                    f"rotated={got[3]}, want {expected[0]}, {expected[1]}, {group} and True"
                 )
 
 
@@ -288,7 +293,7 @@ def _tune(
 
         return _measured(job, manifest, sample, at, work, WHEN[1], progress)
 
-    arguments = job.plan, job.lessons, target, work.tuning, measure, progress
+    arguments = job.plan, job.lessons, target, work.tuning, job.most_kept, measure, progress
     tables, manifest = tune_artifact(reader, *arguments)
     shutil.rmtree(tuned, ignore_errors=True)
     tuned.mkdir()
@@ -364,7 +369,7 @@ def _observe(job: Job, i: int, own, x, y, matter: importance.Importance, kept: P
         some = slice(start, min(start + batch, watched))
         mine = {name: value[some] for name, value in matter.items()}
         y[some], of_batch, seen = observe(layer, decoder.width, eps, own, x[some], mine)
-        grams = of_batch if grams is None else _sum(grams, of_batch)
+        grams = of_batch if grams is None else added(grams, of_batch)
         with passes.written(kept / f"{start}.npy", seen.x.shape, np.float32) as rows:
             rows[...] = seen.x
         np.savez(kept / f"{start}.npz", *map(np.asarray, seen[1:]))
@@ -383,11 +388,6 @@ def _seen(kept: Path) -> tuple[dict[str, jax.Array], list[Seen]]:
             batches.append(Seen(np.load(file, mmap_mode="r"), *(held[n] for n in held.files)))
     with np.load(kept / GRAMS) as held:
         return {name: jnp.asarray(held[name]) for name in held.files}, batches
-
-
-@partial(jax.jit, donate_argnums=0)
-def _sum(a: Any, b: Any) -> Any:
-    return jax.tree.map(jnp.add, a, b)
 
 
 def _narrow(tree: Any) -> Any:

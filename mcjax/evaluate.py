@@ -59,6 +59,7 @@ def evaluate(
 
     Returns:
       `perplexity`, `tokens` (predicted ones), `average_bits`, `effective_bits`, `bytes_read`,
+      `cache_bytes` (what writing a text of `seq_len` tokens takes beside these),
       `experts_pruned`, `tokens_per_second`.
 
     Raises:
@@ -95,6 +96,7 @@ def evaluate(
         "average_bits": model.average_bits,
         "effective_bits": model.effective_bits,
         "bytes_read": model.bytes_read,
+        "cache_bytes": module.cache_bytes(1, seq_len),
     }
     start = time.perf_counter()
     value, skipped = text.perplexity(

@@ -143,7 +143,7 @@ def _forecast(job: Job, meter: Meter, progress: Callable[..., Any]) -> Forecast:
     if job.plan:
         kept = sum(kind.kept for kind in every)
         held = outside + sum(kind.tuning_bytes for kind in every)
-        kept = kept if kept <= tune_artifact.MOST_KEPT else 0
+        kept = kept if kept <= job.most_kept else 0
         rows = min(decoder.vocab_size, vocabulary.MOST)
         held += FOUR * rows * decoder.width
         costs = total[-2]  # measured again in the midst of it
@@ -169,8 +169,9 @@ def _forecast(job: Job, meter: Meter, progress: Callable[..., Any]) -> Forecast:
 def within(job: Job, memory: int) -> Job:
     """The job, with less at once if that is needed to keep to so much memory.
 
-    That is tokens, weights that are quantised, and experts whose Gram matrices are made: half of
-    them, a quarter and so on. Results change as little as sums of floats and samples of tokens do.
+    That is tokens, weights that are quantised, experts whose Gram matrices are made, and what
+    layers may keep for the way back while tables train: half of them, a quarter and so on. Results
+    change as little as sums of floats and samples of tokens do.
 
     Args:
       job: as it is usually done.
@@ -183,7 +184,8 @@ def within(job: Job, memory: int) -> Job:
 
     def smaller(half):
         how = job.how._replace(chunk=job.how.chunk >> half, gram_bytes=job.how.gram_bytes >> half)
-        made = job._replace(how=how, batch_tokens=job.batch_tokens >> half)
+        tokens, most_kept = job.batch_tokens >> half, job.most_kept >> half
+        made = job._replace(how=how, batch_tokens=tokens, most_kept=most_kept)
         tried[half] = _forecast(made, meter, lambda items, **_: items)
         return made, tried[half].memory <= memory
 

@@ -27,6 +27,10 @@ see `mcjax.tune_artifact`."""
 TUNED = "best"
 
 
+MOST_KEPT = 4 << 30
+"""Bytes that what layers need on the way back may take while tables train, all layers together."""
+
+
 class Job(NamedTuple):
     """A model, text, and how the one is compressed by the other.
 
@@ -36,9 +40,10 @@ class Job(NamedTuple):
       lessons: tokens to tune on, int [M, T]; none without tuning.
       plan: what tuning trains; nothing without.
       how: weights are quantised.
-      batch_tokens: about how many tokens are computed at once.
-      identity: what the artifact's manifest says of all but the last: two jobs of the same identity
+      identity: what the artifact's manifest says of all this: two jobs of the same identity
         make the same artifact, but for sums and samples that depend on what is computed at once.
+      batch_tokens: about how many tokens are computed at once.
+      most_kept: see `MOST_KEPT`.
     """
 
     folder: Folder
@@ -46,8 +51,9 @@ class Job(NamedTuple):
     lessons: np.ndarray
     plan: Sequence[Setting]
     how: Options
-    batch_tokens: int
     identity: dict[str, Any]
+    batch_tokens: int
+    most_kept: int = MOST_KEPT
 
     @property
     def batch(self) -> int:
@@ -132,4 +138,4 @@ def prepare(
             "crc32": checkpoint.crc32(lessons),
             "settings": [list(setting) for setting in plan],
         }
-    return Job(folder, windows, lessons, plan, how, batch_tokens, identity)
+    return Job(folder, windows, lessons, plan, how, identity, batch_tokens)

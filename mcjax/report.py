@@ -12,9 +12,10 @@ from mcjax import allocate, checkpoint, serving
 from mcjax.atomic import whole
 from mcjax.bitplane import resolve_group_size
 from mcjax.compress import coverage
+from mcjax.models.language_model import LanguageModel
 
-MEASURED = "measured.jsonl"
-"""Beside the artifact's data: what `mcjax eval` has measured on it, one JSON object a line."""
+CACHED = 4096
+"""Tokens of a sequence whose cache is told."""
 
 
 def describe(
@@ -32,7 +33,8 @@ def describe(
       or None; `widths` what each layer's other parts have; `predicted_loss` what both cost by the
       artifact's measurements, nats a token; `use` each expert's share of its layer's routed tokens;
       `expert_bytes` the bytes of all experts at each uniform width; `feasible_budgets` the least
-      and most bits; `feasible_bytes` the least and most bytes.
+      and most bits; `feasible_bytes` the least and most bytes; `cache_bytes` what a sequence of
+      `CACHED` tokens takes beside these, in float32.
 
     Raises:
       ValueError: if it is not a sound artifact, or the budget is not feasible.
@@ -88,6 +90,7 @@ def describe(
             )
             for at in (0, -1)
         ],
+        "cache_bytes": LanguageModel(decoder).cache_bytes(1, CACHED),
         "rare_experts": coverage(manifest),
         "use": (frequency / np.where(total > 0, total, 1)).tolist(),
         "budget": budget,
@@ -204,7 +207,7 @@ def record(path: str | Path, text: str, facts: dict[str, Any]) -> None:
         },
     }
     try:
-        with (Path(path) / MEASURED).open("a") as stream:
+        with (Path(path) / checkpoint.MEASURED).open("a") as stream:
             stream.write(json.dumps(entry) + "\n")
     except OSError:
         return
@@ -212,7 +215,7 @@ def record(path: str | Path, text: str, facts: dict[str, Any]) -> None:
 
 def _measured(path: Path) -> list[dict[str, Any]]:
     try:
-        lines = (path / MEASURED).read_text().splitlines()
+        lines = (path / checkpoint.MEASURED).read_text().splitlines()
         return [json.loads(line) for line in lines if line]
     except (OSError, json.JSONDecodeError):
         return []

@@ -20,10 +20,11 @@ from mcjax.models.decoder import Decoder
 from mcjax.notes import Note
 
 STEPS = {1: 24, 2: 64, 3: 44, 4: 28}
-"""Of each width, for a model of `WEIGHTS` weights in planes or more; of wider ones the least."""
+"""Steps that train each width alone, in a model of `WEIGHTS` weights in planes or more; widths that
+are not named have the least of these."""
 
 MIXED_STEPS = 64
-"""Of budgets and all widths by turns."""
+"""Steps that train budgets and all widths by turns."""
 
 MIXED_RATE = 0.5
 """Their learning rates, in those of the widths."""

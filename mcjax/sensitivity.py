@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mcjax import passes, text
+from mcjax.leaves import added
 from mcjax.models import weights
 from mcjax.models.decoder import Decoder, Layer
 from mcjax.tune_artifact import outputs
@@ -137,7 +138,7 @@ def _visit(
     )
 
     def collect(batches):
-        gradient = reduce(_sum, batches)
+        gradient = reduce(added, batches)
         dense = read(i) if wider is None else at(wider, i)
         rise = _inner(taps, gradient, own, dense)
         del dense
@@ -163,11 +164,6 @@ def _backward(layer: Layer, eps: float, paths: tuple, own: Any, x: jax.Array, ch
 
     of_weights, of_x = jax.vjp(run, {path: weights.get(own, path) for path in paths}, x)[1](change)
     return of_x, of_weights
-
-
-@partial(jax.jit, donate_argnums=0)
-def _sum(a: Any, b: Any) -> Any:
-    return jax.tree.map(jnp.add, a, b)
 
 
 def _inner(taps: tuple, gradient: Any, own: Any, other: Any) -> dict[str, np.ndarray]:

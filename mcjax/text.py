@@ -223,12 +223,6 @@ def spread(windows: np.ndarray, count: int) -> np.ndarray:
 
 
 @partial(jax.jit, static_argnums=0)
-def negative_log_likelihood(module: nn.Module, params: Any, tokens: jax.Array) -> jax.Array:
-    """Sum over windows [B, T] of each token's negative log-likelihood given those before it."""
-    return _likelihood_and_skips(module, params, tokens)[0]
-
-
-@partial(jax.jit, static_argnums=0)
 def _likelihood_and_skips(module, params, tokens):
     logits, seen = module.apply({"params": params}, tokens, mutable=["keep"])
     logits = logits[:, :-1].astype(jnp.float32)

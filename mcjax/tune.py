@@ -33,7 +33,7 @@ from mcjax import parameters
 from mcjax import tables as tables_lib
 from mcjax.atomic import whole
 from mcjax.bitplane import BitPlanes, MixedPlanes, Planes
-from mcjax.checkpoint import BY_EXPERT, ArtifactReader, save_tree, write_manifest
+from mcjax.checkpoint import BY_EXPERT, MEASURED, ArtifactReader, save_tree, write_manifest
 from mcjax.divergence import divergence as logits_divergence
 from mcjax.hosts import everywhere
 from mcjax.leaves import named, replaced, some
@@ -87,7 +87,10 @@ def init(params: Any, others: Collection[str] | None = None) -> Tuned:
 
 
 def small(decoder: Decoder) -> list[str]:
-    """The names of a language model's norms, routers and biases."""
+    """The names of a language model's last norm and of all that its layers have beside planes.
+
+    Those are norms, routers, biases and the like.
+    """
     found = ["norm"]
     for member in weights.members(decoder):
         found += [
@@ -155,6 +158,11 @@ def write(params: Any, tuned: Tuned) -> Any:
     return _each(params, tuned, _with_tables)
 
 
+def most_rate(width: int) -> float:
+    """A width's greatest learning rate, see `RATES`."""
+    return RATES.get(width, min(RATES.values()))
+
+
 def table_rates(rate: float, width: int) -> dict[str, float]:
     """The learning rates of a table, by which steps and offsets move a weight about as far.
 
@@ -169,7 +177,7 @@ def rates(tuned: Tuned) -> dict[str, Any]:
     """Learning rates that suit `tuned["tables"]`, a tree like it; let them rise, then fall."""
 
     def of_width(k):
-        return table_rates(RATES.get(int(k), min(RATES.values())), int(k))
+        return table_rates(most_rate(int(k)), int(k))
 
     return {name: {k: of_width(k) for k in of} for name, of in tuned["tables"].items()}
 
@@ -221,7 +229,7 @@ def save(model: Any, tuned: Tuned, out: str | Path, about: Mapping[str, Any]) ->
                 rows = changed[member.numbers[r]].setdefault(f"{role.name}.table_{k}", {})
                 rows[tuple(e)] = held[int(k)][row[r, *e]]
     with whole(out) as aside:
-        shutil.copytree(reader.directory, aside, ignore=shutil.ignore_patterns("layers"))
+        shutil.copytree(reader.directory, aside, ignore=shutil.ignore_patterns("layers", MEASURED))
         sums = dict(reader.manifest["checksums"])
         for i, of_layer in enumerate(changed):
             leaves: Any = reader.read_all(f"layers/{i}")

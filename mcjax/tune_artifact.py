@@ -16,8 +16,8 @@ to do without company of their own width.
 
 A step runs forward and back through the layers one by one. A layer's weights are made of its planes
 when it is its turn, there and back, so that one layer is dense at a time, unless what all of them
-need on the way back takes no more than `MOST_KEPT`. Beside that memory holds all planes, and the
-tables of all widths, the moments of those that train and the outputs of the last layer in float32.
+need on the way back fits in `most_kept` bytes. Beside that memory holds all planes, and the tables
+of all widths, the moments of those that train and the outputs of the last layer in float32.
 Planes never change.
 """
 
@@ -54,9 +54,6 @@ CLIP = 1.0
 HEAD_STEPS = 4
 """Steps that share the likeliest tokens of a large vocabulary."""
 
-MOST_KEPT = 4 << 30
-"""Bytes that what layers need on the way back may take, all of them together."""
-
 KEEP_EVERY = 16
 """Steps after which what is trained is kept for a run that goes on."""
 
@@ -83,6 +80,7 @@ def tune_artifact(
     windows: np.ndarray,
     target: np.ndarray,
     keep: Path,
+    most_kept: int,
     measure: Callable[[State], dict[str, Any]],
     progress: Callable[..., Any],
 ) -> tuple[list[dict[str, np.ndarray]], dict[str, Any]]:
@@ -94,6 +92,7 @@ def tune_artifact(
       windows: tokens int [N, T].
       target: float [N, T, D], what the dense model's last layer gives for them.
       keep: a file that an interrupted run goes on from.
+      most_kept: bytes that what layers need on the way back may take, all of them together.
       measure: gives the manifest with what parts cost as they are trained so far; asked once,
         before the first setting that is about budgets, or at the end.
       progress: wraps the iteration over steps, called with (items, description=...).
@@ -120,7 +119,7 @@ def tune_artifact(
     first = state.restore(keep)
     batch = batch_of(windows.shape[1])
     order = np.random.default_rng(0).permutation(len(windows))
-    model = Model(decoder, outside, fits(decoder, state, batch, windows.shape[1]))
+    model = Model(decoder, outside, fits(decoder, state, batch, windows.shape[1], most_kept))
 
     @lru_cache(maxsize=1)
     def head(group):
@@ -251,7 +250,7 @@ class State:
         scale = min(1.0, CLIP / max(norm, 1e-30))
         for i, of_layer in enumerate(gradients):
             for (path, k), gradient in of_layer.items():
-                most = rate * tune.RATES.get(k, min(tune.RATES.values()))
+                most = rate * tune.most_rate(k)
                 factor = path in self.layers[i].corrected
                 rates = most * FACTOR_RATE if factor else tune.table_rates(most, k)
                 table, moments = self.tables[i][path, k], self.moments[i][path, k]
@@ -331,15 +330,15 @@ def _square(tree: Any) -> jax.Array:
     return sum((jnp.sum(leaf**2) for leaf in jax.tree.leaves(tree)), jnp.float32(0))
 
 
-def fits(decoder: Decoder, state: State, batch: int, length: int) -> bool:
-    """Whether what all layers need on the way back takes no more than `MOST_KEPT`."""
+def fits(decoder: Decoder, state: State, batch: int, length: int, most_kept: int) -> bool:
+    """Whether what all layers need on the way back takes no more bytes."""
     x, each = jax.ShapeDtypeStruct((batch, length, decoder.width), jnp.float32), {}
     for layer, held, tables in zip(decoder.layers, state.layers, state.tables, strict=True):
         if layer not in each:
             own = jax.eval_shape(partial(dense_at, held, tables, 1))
             _, back = jax.eval_shape(partial(_forward, layer, decoder.norm_eps), own, x)
             each[layer] = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(back))
-    return sum(each[layer] for layer in decoder.layers) <= MOST_KEPT
+    return sum(each[layer] for layer in decoder.layers) <= most_kept
 
 
 class Model(NamedTuple):

@@ -41,9 +41,14 @@ CONFIG = {
 }
 
 
+LONG = "notebooks artifacts cli tree families sharding train composition_model tune allocate demo"
+"""Files that take longest, and first, or one worker would be alone with one of them at the end."""
+
+
 def pytest_collection_modifyitems(items):
-    """Notebooks first: long tests of one file, at the end of which one worker would be alone."""
-    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
+    names = [f"test_{name}.py" for name in LONG.split()]
+    place = {name: place for place, name in enumerate(names)}
+    items.sort(key=lambda item: place.get(item.path.name, len(names)))
 
 
 QUICKLY_COMPILED = {

@@ -149,8 +149,7 @@ def test_refining_to_bytes_and_back_equals_loading(artifact):
             k: v.tolist() for k, v in loaded.widths.items()
         }
         assert model.bytes_read - before < loaded.bytes_read
-        tokens = np.arange(24).reshape(2, 12)
-        np.testing.assert_allclose(model(tokens), loaded(tokens), atol=1e-5)
+        jax.tree.map(np.testing.assert_array_equal, model.params, loaded.params)
     attention = {at: k for at, k in model.widths.items() if at[1] == "mixer_input"}
     model = model.refine(bits=2)  # what that is not about stays
     assert {at: model.widths[at] for at in attention} == attention

@@ -24,8 +24,9 @@ def run(*arguments):
 
 
 def options(model, out, text, *more):
-    return ("compress", model, out, "--calibration", text, "--max-bits", 2, "--samples", 8,
-            "--seq-len", 64, *more)  # fmt: skip
+    """As of `artifact`, whose programs are compiled then."""
+    return ("compress", model, out, "--calibration", text, "--max-bits", 3, "--group-size",
+            32, "--samples", 16, "--seq-len", 64, *more)  # fmt: skip
 
 
 def refuse(capsys, message, *arguments):
@@ -114,6 +115,8 @@ def test_eval_and_info(artifact, model_folder, text_file, capsys, tmp_path):
     assert dense["tokens"] == three["tokens"] == 20 * 63
     assert abs(three["perplexity"] / dense["perplexity"] - 1) < 0.05
     assert one["bytes_read"] < budget["bytes_read"] < three["bytes_read"] < dense["bytes_read"]
+    # 2 layers, keys and values, 2 heads of 16, 64 tokens, float32.
+    assert three["cache_bytes"] == dense["cache_bytes"] == 2 * 2 * 2 * 16 * 64 * 4
     assert three["effective_bits"] == 4 and dense["effective_bits"] == 16
     assert budget["average_bits"] <= 2.5 and budget["experts_pruned"] == 0
     assert three["tokens_per_second"] > 0
@@ -123,6 +126,7 @@ def test_eval_and_info(artifact, model_folder, text_file, capsys, tmp_path):
         assert plot.read_bytes()[:4] == b"\x89PNG"
         info = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert len(info["measured"]) == 3 and [1, 3, 0] in info["rare_experts"]
+        assert info["cache_bytes"] == 64 * three["cache_bytes"]  # of 4,096 tokens
     assert info["expert_bytes"]["3"] == 4 * 2 * 5 * 3 * 96 * 256 / 8
     assert run("info", copy, "--budget", "400kB") == 0
     printed = capsys.readouterr().out
@@ -317,7 +321,7 @@ def test_interrupted_and_resumed(model_folder, text_file, tmp_path, capsys, monk
 
 def test_dry_run(model_folder, text_file, tmp_path, capsys):
     """Says what it would take, and writes nothing."""
-    arguments = options(model_folder, tmp_path / "out", text_file, "--max-bits", "1")
+    arguments = options(model_folder, tmp_path / "out", text_file)
     assert run(*arguments, "--dry-run") == 0
     said = capsys.readouterr().out
     for stage in ("importance of tokens", "layers", "what widths cost", "at most, and in all"):

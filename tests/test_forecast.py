@@ -40,6 +40,8 @@ def test_tuning_holds_all_layers(model_folder, text_file, found):
     best = prepare(model_folder, text_file, **OPTIONS, batch_tokens=256, effort="best")
     tuning = forecast(best, timed=False).stages[-1]
     assert tuning.name == "tuning" and tuning.bytes > found.artifact
+    less = forecast(best._replace(most_kept=0), timed=False).stages[-1]
+    assert found.artifact < less.bytes < tuning.bytes
 
 
 @pytest.mark.slow
@@ -77,6 +79,7 @@ def test_less_at_once_keeps_to_less_memory(job, monkeypatch):
     assert within(job, 2 * found.memory) == job
     smaller = within(job, found.memory * 3 // 4)
     assert smaller.batch_tokens < job.batch_tokens and smaller.how.chunk < job.how.chunk
+    assert smaller.most_kept < job.most_kept
     assert forecast(smaller, timed=False).memory <= found.memory * 3 // 4
     with pytest.raises(ValueError, match=r"0.00 GB of memory are too few: .* are the least, for"):
         within(job, 1)

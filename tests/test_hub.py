@@ -57,6 +57,17 @@ def test_shards_give_the_same_parameters(tmp_path):
     same(Folder(tmp_path).read(), before)
 
 
+def test_any_tensor_that_differs_makes_another_model(tmp_path):
+    unpack(MIXTRAL, tmp_path)
+    tensors, one = load_file(tmp_path / "model.safetensors"), Folder(tmp_path).source_hash()
+    assert Folder(tmp_path).source_hash() == one
+    seen = {one}
+    for name in tensors:
+        save_file({**tensors, name: tensors[name] * 1.5}, tmp_path / "model.safetensors")
+        seen.add(Folder(tmp_path).source_hash())
+    assert len(seen) == 1 + len(tensors)
+
+
 @pytest.mark.parametrize("name", STRETCHED)
 @pytest.mark.parametrize("key", ["type", "rope_type"])
 def test_config_of_transformers_4(name, key):

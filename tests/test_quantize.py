@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import mcjax
+from mcjax import baseline
 from mcjax.quantize import gptq, nested
 from mcjax.quantize.gptq import grid, round_to_grid
 from mcjax.quantize.gram import condition, pad
@@ -130,6 +131,26 @@ def test_one_code_beats_dedicated_gptq_at_low_widths():
     dedicated = [error(w, x, gptq(w, condition(gram), bits=k, group_size=64)) for k in (1, 2, 3)]
     nested_error = [error(w, x, planes.slice(k).dequantize()) for k in (1, 2, 3)]
     assert all(a < b for a, b in zip(nested_error, dedicated, strict=True)), nested_error
+
+
+def test_a_dedicated_model_of_odd_sizes():
+    """The baseline too fills up a last group."""
+    w, x = problem(112, 8)
+    made = [baseline._quantize(jnp.asarray(w), x.T @ x, k, 128) for k in (2, 4)]
+    errors = [error(w, x, value) for value in made]
+    assert made[0].shape == w.shape and errors[1] < errors[0] / 4
+
+
+def test_64_bit_mode_changes_nothing():
+    w, x = problem(64, 8)
+    usual = mcjax.quantize(w, bits=5, group_size=32, gram=x.T @ x)
+    with jax.enable_x64(True):
+        made = mcjax.quantize(w, bits=5, group_size=32, gram=x.T @ x)
+    assert [leaf.dtype for leaf in jax.tree.leaves(made)] == [
+        leaf.dtype for leaf in jax.tree.leaves(usual)
+    ]
+    one, other = (error(w, x, planes.dequantize()) for planes in (usual, made))
+    assert abs(one - other) < 1e-3 * one
 
 
 def test_planes_past_the_fourth_cost_the_first_four_nothing():

@@ -210,25 +210,26 @@ def test_rows_find_their_experts(ragged):
             apply = partial(exchange.by_experts, places, partial(local, w), len(w))
             return exchange.total(places, x, apply(x, index, keep))
         rows, same = P("expert"), P()
+        def both(along):  # what rows become, and gradients of a loss
+            shared = jax.jit(jax.shard_map(
+                spread, mesh=devices, in_specs=(rows, same, along, along, along), out_specs=along,
+            ))
+            loss = lambda *given: jnp.sum(jnp.sin(shared(*given)))
+            return shared, jax.jit(jax.grad(loss, (0, 2)))
+        mine = jax.grad(lambda *given: jnp.sum(jnp.sin(local(*given))), (0, 1))
+        functions = list(map(both, (same, rows)))
         each = [np.full(64, 5), rng.integers(0, 8, 64)]
         for index in each if sys.argv[1] == "False" else each[1:]:
             keep = rng.random(64) < 0.8
             expected = local(w, jnp.asarray(x), index, keep)
-            def loss(f, w, x):
-                return jnp.sum(jnp.sin(f(w, x)))
-            for along in same, rows:
-                shared = jax.shard_map(
-                    spread, mesh=devices, in_specs=(rows, same, along, along, along),
-                    out_specs=along,
-                )
-                f = jax.jit(lambda w, x: shared(w, place, x, index, keep))
-                np.testing.assert_allclose(f(moved, x), expected, atol=1e-5)
-                of_w, of_x = jax.grad(partial(loss, f), (0, 1))(moved, x)
-                mine = jax.grad(partial(loss, lambda w, x: local(w, x, index, keep)), (0, 1))
-                for_w, for_x = mine(jnp.asarray(w), jnp.asarray(x))
+            for_w, for_x = mine(jnp.asarray(w), jnp.asarray(x), index, keep)
+            for shared, gradient in functions:
+                given = moved, place, x, index, keep
+                np.testing.assert_allclose(shared(*given), expected, atol=1e-5)
+                of_w, of_x = gradient(*given)
                 np.testing.assert_allclose(of_w[place], for_w, atol=1e-4)
                 np.testing.assert_allclose(of_x, for_x, atol=1e-4)
-        traced = jax.jit(jax.grad(partial(loss, f), (0, 1))).trace(moved, x)
+        traced = gradient.trace(*given)
         for platform, count in ("tpu", 4), ("cuda", 4), ("cpu", 0):
             lowered = traced.lower(lowering_platforms=(platform,)).as_text()
             assert sys.argv[1] == "True" or lowered.count("ragged_all_to_all") == count

@@ -257,8 +257,8 @@ def test_what_belongs_to_a_model_travels(model, text_file, tmp_path, capsys):
     write(model / "generation_config.json", eos_token_id=7)
     out = tmp_path / "out.mcjax"
     status, _, err = run(
-        capsys, "compress", model, out, "--calibration", text_file, "--max-bits", 1, "--samples",
-        2, "--effort", "fast",
+        capsys, "compress", model, out, "--calibration", text_file, "--max-bits", 3,
+        "--group-size", 32, "--samples", 16, "--effort", "fast",
     )  # fmt: skip
     assert status == 0
     assert "mcjax: note: calibrating on windows of 64 tokens" in err and "not of 2048" in err

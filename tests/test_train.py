@@ -103,10 +103,12 @@ def test_resuming_equals_not_stopping(trained, tmp_path, text_file, monkeypatch,
 
 STEPS = """
 import sys, jax, optax, numpy as np, test_train as t, moe_lm, loop
+from jax.sharding import AxisType
 from mcjax import sharding
 def steps(sizes, accumulation=1, count=3):
     recipe = t.dataclasses.replace(t.RECIPE, batch_size=8, accumulation=accumulation)
-    mesh = loop.device_mesh(sizes)
+    some, types = jax.devices()[:np.prod(list(sizes.values()))], (AxisType.Auto,) * len(sizes)
+    mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=some)
     shared = sharding.resolve(mesh, fully=True) if mesh.size > 1 else None
     module = moe_lm.LanguageModel(recipe.decoder, shared=shared)
     optimiser = loop.adamw(learning_rate=1e-2, warmup=0, steps=9, weight_decay=0.1, clip=1.0)
@@ -139,18 +141,18 @@ total = sum(a.nbytes for a in jax.tree.leaves(state))
 mine = sum(a.addressable_shards[0].data.nbytes for a in jax.tree.leaves(state))
 assert mine < total / 5, (mine, total)
 """
-    found = []
-    for devices, program in ((1, "steps({'data': 1})"), (8, check), (4, "steps({'data': 4})")):
-        flags = f"--xla_force_host_platform_device_count={devices}"
-        paths = os.pathsep.join([str(TRAIN), str(Path(__file__).parent)])
-        run = subprocess.run(
-            [sys.executable, "-c", STEPS + program],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": paths},
-        )
-        assert run.returncode == 0, run.stderr[-3000:]
-        found.append([[float(x) for x in line.split()] for line in run.stdout.splitlines()])
+    program = f"{STEPS}steps({{'data': 1}}){check}steps({{'data': 4}})"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    paths = os.pathsep.join([str(TRAIN), str(Path(__file__).parent)])
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": paths},
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    lines = [[float(x) for x in line.split()] for line in run.stdout.splitlines()]
+    found = lines[:4], lines[4:8], lines[8:]
     np.testing.assert_allclose(found[0], found[2], rtol=1e-3)
     # Balance is a product of means, and parts of a batch have their own; the loss has not.
     names = sorted(("loss", "balance", "z", "least_used", "gradient_norm"))

@@ -122,9 +122,7 @@ def test_a_dense_model_has_nothing_to_tune(dense):
 
 
 @pytest.mark.parametrize("keeps", [True, False])
-def test_gradients_by_layers_are_those_of_the_whole_model(
-    artifact, dense, windows, keeps, monkeypatch
-):
+def test_gradients_by_layers_are_those_of_the_whole_model(artifact, dense, windows, keeps):
     chosen = [1, 2, 3, 2, 1]
     model = mcjax.load(artifact, allocation=2 * [chosen], attention_bits=3)
     decoder, tokens = dense.module.decoder, windows[:2]
@@ -135,9 +133,8 @@ def test_gradients_by_layers_are_those_of_the_whole_model(
     state = tune_artifact.State(layers, [schedule.Setting(2, (3,), 1)], lambda _: [turn])
     state.begin(0)
     by_layers = tune_artifact.Model(decoder, model.params, keeps)
-    assert tune_artifact.fits(decoder, state, 2, 64)
-    monkeypatch.setattr(tune_artifact, "MOST_KEPT", 1 << 20)
-    assert not tune_artifact.fits(decoder, state, 2, 64)
+    assert tune_artifact.fits(decoder, state, 2, 64, 1 << 30)
+    assert not tune_artifact.fits(decoder, state, 2, 64, 1 << 20)
     head = model.params["head"].astype(jnp.float32)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 64, decoder.width)), jnp.float32)
     value, got = by_layers.gradients(state, turn, tokens, x, (model.params["norm"], head))
@@ -375,3 +372,14 @@ def test_planes_are_a_weight_with_other_numbers():
     assert isinstance(planes, BitPlanes)
     assert np.allclose(planes.values(alpha, offset), planes.dequantize(), atol=1e-6)
     assert np.allclose(planes.values(2 * alpha, 2 * offset), 2 * planes.dequantize(), atol=1e-5)
+
+
+def test_saved_without_what_another_was_measured_at(artifact, tmp_path):
+    """And with nothing trained it reads as before."""
+    before, after = tmp_path / "before", tmp_path / "after"
+    shutil.copytree(artifact, before)
+    (before / checkpoint.MEASURED).write_text("{}\n")
+    model = mcjax.load(before, bits=2)
+    tune.save(model, tune.init(model.params, ()), after, {})
+    assert not (after / checkpoint.MEASURED).exists()
+    jax.tree.map(np.testing.assert_array_equal, mcjax.load(after, bits=2).params, model.params)

@@ -164,7 +164,7 @@ import json, jax, test_vision as t
 assert jax.device_count() == 2
 print(json.dumps(t.take_step(t.PLAIN, t.pixels())))
 """
-    flags = "--xla_force_host_platform_device_count=2"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
     run = subprocess.run(
         [sys.executable, "-c", script],
         capture_output=True,

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mcjax import compress
+from mcjax.job import prepare
 from mcjax.quantize import quantize
-from mcjax.work import Work, keeping
+from mcjax.work import Work, keeping, write_json
 
 W = np.random.default_rng(0).normal(size=(3, 64, 8)).astype(np.float32)
 
@@ -45,3 +47,31 @@ def test_folders(tmp_path):
     assert not work.record(0).exists()
     work.clear()
     assert not list(tmp_path.iterdir())
+
+
+def test_planes_that_do_not_fit_are_refused_at_once(model_folder, text_file, tmp_path):
+    rng, shapes = np.random.default_rng(0), {"gate": (96, 256), "up": (96, 256), "down": (256, 96)}
+    made = {
+        name: quantize(jnp.asarray(rng.normal(size=(5, *shape)), jnp.float32), 1, 32, rotated=True)
+        for name, shape in shapes.items()
+    }
+    given = dict(experts=[made, made], max_bits=1, samples=2, seq_len=64)
+    with pytest.raises(ValueError, match="gate has shape .* groups of 32 .* want .*, 96 and True"):
+        compress.compress(model_folder, tmp_path / "out", text_file, **given)
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_memory_is_another_amount_at_once(model_folder, text_file, tmp_path, monkeypatch):
+    """A run goes on with as much at once as it began with, unless it is to keep to less."""
+    asked = []
+
+    def within(job, memory):
+        asked.append(memory)
+        return job._replace(batch_tokens=memory)
+
+    monkeypatch.setattr(compress, "within", within)
+    job, work = prepare(model_folder, text_file, seq_len=64), Work.of(tmp_path / "out")
+    work.beside.mkdir()
+    write_json(work.at_once, {"batch_tokens": 4})  # of an earlier version
+    found = [compress._at_once(job, work, m).batch_tokens for m in (512, 512, 256)]
+    assert found == [512, 512, 256] and asked == [512, 256]

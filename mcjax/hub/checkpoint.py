@@ -21,6 +21,10 @@ FLOAT8 = {
 """The types of eight bits that a safetensors file can have."""
 
 
+SAMPLE = 1 << 14
+"""Bytes of a tensor that tell it from another one, taken twice."""
+
+
 class Checkpoint:
     """A folder with config.json, safetensors and tokenizer.json, read lazily.
 
@@ -80,12 +84,26 @@ class Checkpoint:
         return path
 
     def source_hash(self) -> str:
-        """sha256 over config and the names, sizes and headers of the weight files."""
+        """sha256 over config, names, sizes and headers of weight files, and some of each tensor.
+
+        That is `SAMPLE` bytes at its start and in its midst, so that a model that was trained on is
+        another one, whichever of its tensors that changed.
+        """
         digest = hashlib.sha256((self.path / "config.json").read_bytes())
         for file in sorted(set(self.shards.values())):
+            self._open(file)  # refuses what is no such file
             with file.open("rb") as stream:
                 digest.update(f"{file.name} {file.stat().st_size}".encode())
-                digest.update(stream.read(1 << 20))
+                size = stream.read(8)
+                header = stream.read(int.from_bytes(size, "little"))
+                digest.update(header)
+                for name, tensor in sorted(json.loads(header).items()):
+                    if name == "__metadata__":
+                        continue
+                    first, end = tensor["data_offsets"]
+                    for at in (first, (first + end) // 2):
+                        stream.seek(8 + len(header) + at)
+                        digest.update(stream.read(min(SAMPLE, end - at)))
         return digest.hexdigest()
 
     def _open(self, file: Path):

@@ -286,6 +286,12 @@ class LanguageModel(nn.Module):
         mesh = self.shared.mesh
         return jax.jit(make, out_shardings=jax.tree.map(partial(NamedSharding, mesh), specs))()
 
+    def cache_bytes(self, batch: int, length: int) -> int:
+        """Bytes of `empty_cache` over all devices, without making it."""
+        dtype = self.dtype if self.cache_dtype is None else self.cache_dtype
+        like = jax.eval_shape(partial(empty_cache, self.decoder, batch, length, dtype))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
+
     @nn.compact
     def __call__(
         self,

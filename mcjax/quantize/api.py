@@ -20,12 +20,13 @@ CHUNK = 1 << 24
 
 
 WEIGHTS = (1.0, 4.0, 16.0, 64.0, 6.4, 6.4, 6.4, 6.4)
-"""How much the error of each width counts: about as much as that of others, which it is a quarter
-of or four times; and a width beyond four planes so little that these are as good as without it."""
+"""The lambda_k that a code minimises ``sum_k lambda_k error_k`` with, from 1 bit up. Each width has
+about a quarter of the error of the one below it, so up to 4 bits all count alike. Wider ones count
+a tenth of the fourth, so that the first four planes are about as good as with none after them."""
 
 MANY_WEIGHTS = (1.0, 4.0, 16.0, 52.0, 4.8, 4.8, 4.8, 4.8)
-"""The same where several widths are beyond four planes: together they ask of these what the error
-at four bits asks, so that counts less."""
+"""The same where several widths are wider than 4 bits: each of those pulls the first four planes
+towards what serves it, much as 4 bits do, so all of these count less."""
 
 
 def usual_weights(widths: Sequence[int]) -> tuple[float, ...]:

@@ -37,6 +37,9 @@ BLOCK = 8
 """Features between which errors are fed one by one; those before them come in one product.
 It divides every group size."""
 
+ROUNDS = 8
+"""Alternations of nearest code and refit that give the first tables."""
+
 FACTOR_BLOCK = 64
 """Features of the Gram matrix that are factorised at once."""
 
@@ -57,7 +60,7 @@ def quantize_matrix(w, gram, *, widths, weights, group_size, sweeps, columns):
       uint8 codes [d_in, d_out] and, for each width, a uint8 table [rows_k, groups, d_out].
     """
     lambdas = jnp.asarray(weights, jnp.float32)
-    diagonal = jnp.ones(w.shape[0]) if gram is None else jnp.diagonal(gram)
+    diagonal = jnp.ones(w.shape[0], jnp.float32) if gram is None else jnp.diagonal(gram)
     factor = None if gram is None else inverse_factor(gram)
 
     def some(w):
@@ -80,7 +83,7 @@ def quantize_matrix(w, gram, *, widths, weights, group_size, sweeps, columns):
     return jax.tree.map(join, lax.map(some, each))
 
 
-def initial_tables(w, diagonal, widths, lambdas, group_size, rounds=8):
+def initial_tables(w, diagonal, widths, lambdas, group_size):
     """Nested tables and codes for uncorrelated inputs, every group on its own.
 
     Args:
@@ -89,7 +92,6 @@ def initial_tables(w, diagonal, widths, lambdas, group_size, rounds=8):
       widths: as in `quantize_matrix`.
       lambdas: float32 [len(widths)].
       group_size: as in `quantize_matrix`.
-      rounds: alternations of nearest code and refit.
 
     Returns:
       int32 codes [d_in, d_out] and tables.
@@ -114,7 +116,7 @@ def initial_tables(w, diagonal, widths, lambdas, group_size, rounds=8):
             held = jnp.einsum("pqo,qwo->pwo", square, _coefficients(table, widths))
             return _refit(table, square, pulled[:, None] - held, widths)
 
-        table = lax.fori_loop(0, rounds, refine, _first_table(w, diagonal, widths))
+        table = lax.fori_loop(0, ROUNDS, refine, _first_table(w, diagonal, widths))
         levels = _levels(table, widths)
         return lax.map(lambda row: code_of(row, levels), w), table
 
@@ -154,7 +156,7 @@ def feedback_pass(w, factor, tables, widths, lambdas, group_size):
         codes, own = _one_by_one(block, corner, choose)
         return lax.dynamic_update_slice_in_dim(errors, own, start, axis=0), codes
 
-    _, codes = lax.scan(one_group, jnp.zeros(shape), jnp.arange(len(w) // group_size))
+    _, codes = lax.scan(one_group, jnp.zeros(shape, w.dtype), jnp.arange(len(w) // group_size))
     return codes.reshape(w.shape)
 
 
@@ -340,7 +342,7 @@ def _design(codes, bits):
     """The signs of the bits of codes [..., d_out], and 1: a list of bits + 1 such arrays."""
     places = range(bits - 1, -1, -1)
     signs = [((codes >> p) & 1).astype(jnp.float32) * 2 - 1 for p in places]
-    return [*signs, jnp.ones(codes.shape)]
+    return [*signs, jnp.ones(codes.shape, jnp.float32)]
 
 
 def _values(codes, coefficients):
@@ -358,14 +360,15 @@ def _levels(table, widths):
 
 def _nearest(target, levels, lambdas):
     """The code [d_out] whose prefixes come closest to the widths' targets [widths, d_out]."""
-    cost = jnp.zeros((1, target.shape[-1]))
+    cost = jnp.zeros((1, target.shape[-1]), jnp.float32)
     for i, level in enumerate(levels):
         cost = jnp.repeat(cost, level.shape[0] // cost.shape[0], axis=0)
         cost = cost + lambdas[i] * (target[i] - level) ** 2
     # Positive floats ascend as their bits do. With the code in the last of these, a plain minimum
     # finds it, four times as fast as an argmin; costs that differ by less are as good as equal.
     last = len(cost) - 1
-    key = lax.bitcast_convert_type(cost, jnp.int32) & ~last | jnp.arange(len(cost))[:, None]
+    codes = jnp.arange(len(cost), dtype=jnp.int32)[:, None]
+    key = lax.bitcast_convert_type(cost, jnp.int32) & ~last | codes
     return jnp.min(key, axis=0) & last
 
 
