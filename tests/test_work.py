@@ -56,7 +56,7 @@ def test_planes_that_do_not_fit_are_refused_at_once(model_folder, text_file, tmp
         for name, shape in shapes.items()
     }
     given = dict(experts=[made, made], max_bits=1, samples=2, seq_len=64)
-    with pytest.raises(ValueError, match="gate has shape .* groups of 32 .* want .*, 96 and True"):
+    with pytest.raises(ValueError, match=r"gate has shape .* groups of 32 .* want .*, 96 and True"):
         compress.compress(model_folder, tmp_path / "out", text_file, **given)
     assert not list(tmp_path.iterdir())
 
