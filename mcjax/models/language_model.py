@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -277,10 +277,9 @@ class LanguageModel(nn.Module):
 
     def empty_cache(self, batch: int, length: int) -> Any:
         """Room for `length` tokens of `batch` sequences."""
-        dtype = self.dtype if self.cache_dtype is None else self.cache_dtype
+        make = self._room(batch, length)
         if self.shared is None:
-            return empty_cache(self.decoder, batch, length, dtype)
-        make = partial(empty_cache, self.decoder, batch, length, dtype)
+            return make()
         like, along = jax.eval_shape(make), self.shared.batch_spec(batch)
         specs = cache_partition(self.decoder, like, self.shared, along)
         mesh = self.shared.mesh
@@ -288,9 +287,12 @@ class LanguageModel(nn.Module):
 
     def cache_bytes(self, batch: int, length: int) -> int:
         """Bytes of `empty_cache` over all devices, without making it."""
-        dtype = self.dtype if self.cache_dtype is None else self.cache_dtype
-        like = jax.eval_shape(partial(empty_cache, self.decoder, batch, length, dtype))
+        like = jax.eval_shape(self._room(batch, length))
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
+
+    def _room(self, batch: int, length: int) -> Callable[[], Any]:
+        dtype = self.dtype if self.cache_dtype is None else self.cache_dtype
+        return partial(empty_cache, self.decoder, batch, length, dtype)
 
     @nn.compact
     def __call__(
