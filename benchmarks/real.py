@@ -27,6 +27,7 @@ import argparse
 import ctypes
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -88,7 +89,12 @@ def main() -> None:
     calibration = text.spread(windows(arguments.calibration), arguments.samples)
     judge = Judge(folder, windows(arguments.text)[: arguments.windows])
     out: dict[str, Any] = {
+        "model": Path(arguments.model).name,
+        "calibration": f"{Path(arguments.calibration).name}, {arguments.samples} windows",
+        "text": f"{Path(arguments.text).name}, {len(judge.windows)} windows",
+        "seq_len": arguments.seq_len,
         "device": jax.devices()[0].device_kind,
+        "cores": os.cpu_count(),
         "jax": jax.__version__,
         "unquantised": judge.perplexity,
         "rows": [],

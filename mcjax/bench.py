@@ -7,6 +7,7 @@ moods meet all of them. Speeds are ratios within one run; every product carries 
 from __future__ import annotations
 
 import importlib.util
+import math
 import platform
 import tempfile
 import time
@@ -157,19 +158,19 @@ def timed(
 def random_planes(key: jax.Array, shape: tuple[int, ...], bits: int) -> BitPlanes:
     """Planes of random bits with steps about those of Gaussian weights of variance 1 / d_in."""
     seed = int(jax.random.bits(key, (), jnp.uint32))
-    return _fill(np.random.default_rng(seed), bitplane.empty(shape, bits))
+    return _fill(seed, jax.eval_shape(partial(bitplane.empty, shape, bits)))
 
 
-def _fill(rng: np.random.Generator, like: BitPlanes) -> BitPlanes:
+def _fill(seed: int, like: BitPlanes) -> BitPlanes:
+    """Planes of these shapes, drawn."""
     steps, rows = tables_lib.num_steps(like.bits), like.tables[0].shape[-3]
     firsts = np.cumsum((0, *tables_lib.segments(like.bits)))[:-1]
     size = 1.3 * like.d_in**-0.5 * 2.0**-firsts
     codes, _ = tables_lib.round_step(jnp.asarray(size, jnp.float32))
-    middle = np.full(rows, 128)  # offsets about 0
-    middle[:steps] = codes
-    table = rng.integers(-4, 5, like.tables[0].shape) + middle[:, None, None]
-    bits = rng.integers(0, 1 << 32, like.planes.shape, np.uint32)
-    return replace(like, planes=jnp.asarray(bits), tables=(jnp.asarray(table.astype(np.uint8)),))
+    offsets = jnp.full(rows - steps, 128)  # about 0
+    middle = jnp.concatenate([codes, offsets], dtype=jnp.uint8)[:, None, None]
+    table = middle + _integers(seed, like.tables[0].shape, 9) - jnp.uint8(4)
+    return replace(like, planes=_integers(seed + 1, like.planes.shape, 1 << 32), tables=(table,))
 
 
 def products(
@@ -276,6 +277,9 @@ def _models() -> dict[str, tuple[LanguageModel, Any]]:
 def random_params(decoder: Decoder, dtype: Any, widths: Sequence[int] = (), other: int = 4) -> Any:
     """Parameters of a model: random arrays of `dtype` or, with widths, random planes.
 
+    NumPy draws what a CPU holds, which takes no compiling; other devices draw their own, and under
+    `jax.eval_shape` shapes alone are made.
+
     Args:
       decoder: the model.
       dtype: of arrays.
@@ -283,41 +287,69 @@ def random_params(decoder: Decoder, dtype: Any, widths: Sequence[int] = (), othe
       other: of the other products' weights.
     """
 
-    def array(rng, role, layers=()):
+    def array(seed, role, layers=()):
         shape = (*layers, *role.shape)
         if role.path[-1].endswith("norm"):
             return jnp.ones(shape, dtype)
         outer = role.path[-1] in ("embedding", "head")
-        values = rng.standard_normal(shape, np.float32) * shape[-1 if outer else -2] ** -0.5
-        return jnp.asarray(values.astype(dtype))
+        return _normal(seed, shape, dtype, shape[-1 if outer else -2] ** -0.5)
 
-    def generator(path):
-        return np.random.default_rng(zlib.crc32(".".join(path).encode()))
+    def seed_of(path):
+        return zlib.crc32(".".join(path).encode())
 
-    planes_of = partial(bitplane.empty, rotated=True)  # as those of artifacts are
+    def planes_of(seed, shape, bits):  # rotated, as those of artifacts are
+        like = jax.eval_shape(partial(bitplane.empty, shape, bits, rotated=True))
+        return _fill(seed, like)
+
     params: dict[str, Any] = {}
     for role in weights.rest(decoder):
-        weights.put(params, role.path, array(generator(role.path), role))
+        weights.put(params, role.path, array(seed_of(role.path), role))
     for member in weights.members(decoder):
         count, paths = len(member.numbers), set()
         if widths:
             paths = {role.path for role in weights.budgeted(decoder, member.layer)}
         for role in weights.roles(member.layer, decoder.width):
             path = member.path + role.path
-            rng, shape = generator(path), role.shape[-2:]
+            seed, shape = seed_of(path), role.shape[-2:]
             if role.path in paths:
                 each = np.resize(widths, (count, *role.shape[:-2]))
                 stacks = [
-                    _fill(rng, planes_of((int((each == k).sum()), *shape), int(k)))
+                    planes_of(seed + int(k), (int((each == k).sum()), *shape), int(k))
                     for k in np.unique(each)
                 ]
                 made: Any = bitplane.mixed(stacks, each)
             elif widths and role.tap is not None:
-                made = _fill(rng, planes_of((count, *role.shape), other))
+                made = planes_of(seed, (count, *role.shape), other)
             else:
-                made = array(rng, role, (count,))
+                made = array(seed, role, (count,))
             weights.put(params, path, made)
     return params
+
+
+def _integers(seed: int, shape: tuple[int, ...], most: int) -> jax.Array:
+    """Integers below `most`, uint8 or uint32."""
+    kind = jnp.uint8 if most <= 256 else jnp.uint32
+    if device.platform() == "cpu":
+        return jnp.asarray(np.random.default_rng(seed).integers(0, most, shape, kind))
+    key = jax.random.key(seed)
+    if most == 1 << 32:
+        return jax.random.bits(key, shape, kind)
+    return jax.random.randint(key, shape, 0, most, kind)
+
+
+def _normal(seed: int, shape: tuple[int, ...], dtype: Any, scale: float) -> jax.Array:
+    """Gaussian numbers of this deviation."""
+    if device.platform() == "cpu":
+        drawn = np.random.default_rng(seed).standard_normal(shape, np.float32) * scale
+        return jnp.asarray(drawn.astype(dtype))
+    parts = shape[0] if len(shape) > 2 else 1  # one after another, which bounds what it takes
+
+    def draw(key):
+        some = jax.random.normal(key, (math.prod(shape) // parts,), dtype)
+        return some * jnp.asarray(scale, dtype)
+
+    each = jax.jit(partial(jax.lax.map, draw))(jax.random.split(jax.random.key(seed), parts))
+    return each.reshape(shape)
 
 
 def decoding(

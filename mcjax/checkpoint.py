@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mcjax.bitplane import BitPlanes
@@ -32,6 +31,7 @@ from mcjax.hub import read_json
 from mcjax.models import weights
 from mcjax.models.decoder import Decoder
 from mcjax.models.families import describe
+from mcjax.ops import layout
 
 FORMAT_VERSION = 7
 CACHED = 1 << 22
@@ -298,8 +298,8 @@ def read_planes(
     parts += [f"{leaf}.table_{k}" for k in widths]
     values = reader.read((checkpoint, part, None) for part in parts)
     return BitPlanes(
-        planes=jnp.asarray(np.stack(values[: widths[-1]], axis=-4)),
-        tables=tuple(jnp.asarray(table) for table in values[widths[-1] :]),
+        planes=layout.put(np.stack(values[: widths[-1]], axis=-4)),
+        tables=tuple(map(layout.put, values[widths[-1] :])),
         widths=widths,
         d_in=d_in,
         group_size=group_size,

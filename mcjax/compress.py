@@ -235,7 +235,7 @@ def _run(job: Job, work: Work, given, progress):
         own, tables = layer(i)
         return dense_at(own, tables, k)
 
-    sample = sensitivity.some_of(windows, x[: len(windows)])
+    sample = sensitivity.some_of(decoder, windows, x[: len(windows)])
     manifest = _measured(job, manifest, sample, at, work, WHEN[0], progress)
     return manifest, sample, x[len(windows) :]
 

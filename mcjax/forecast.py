@@ -283,7 +283,7 @@ class _Kind:
 
     def costs(self, outside: int) -> Stage:
         """A pass there and back for each width that costs something."""
-        count, length = map(min, self.job.windows.shape, (sensitivity.WINDOWS, sensitivity.TOKENS))
+        count, length = sensitivity.shape_of(self.decoder, self.job.windows)
         batch = min(count, max(1, self.job.batch_tokens // length))
         x, eps = self._x(batch, length), self.decoder.norm_eps
         paths = tuple(role.path for roles in self._taps.values() for role in roles)

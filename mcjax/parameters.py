@@ -21,7 +21,7 @@ from mcjax.models import weights
 from mcjax.models.decoder import Decoder, Routed
 from mcjax.models.weights import Role
 from mcjax.odp import PruningStatistics
-from mcjax.ops import Places
+from mcjax.ops import Places, layout
 from mcjax.sharding import Sharding
 from mcjax.tables import num_rows
 
@@ -104,7 +104,7 @@ def read_layers(
             fill()
         room.read()
     correct(reader, params, nearest(reader.decoder, reader.manifest, widths))
-    return jax.device_put(params) if shared is None else params
+    return layout.put(params) if shared is None else params
 
 
 class Spread(NamedTuple):
@@ -329,7 +329,7 @@ def placed(
 ) -> jax.Array:
     """An array of this host, its first and last axis along those of a mesh, if there is one."""
     if shared is None:
-        return jnp.asarray(array)
+        return layout.put(array)
     middle = [None] * (array.ndim - 2)
     return shared.place(array, P(first, *middle, last) if array.ndim > 1 else P(first))
 

@@ -17,6 +17,7 @@ from mcjax.bitplane import BitPlanes, MixedPlanes
 from mcjax.checkpoint import ArtifactReader
 from mcjax.models import weights
 from mcjax.models.weights import Role
+from mcjax.ops import layout
 from mcjax.parameters import Spread, arrange, correct, placed, widths_of
 from mcjax.sharding import Sharding
 from mcjax.tables import num_rows
@@ -150,7 +151,7 @@ class _Change(NamedTuple):
                 ]
                 for n, value in enumerate(self.reader.read(requests)):
                     at[d, n], values[d, n] = mine[n][2], value
-        return _rows_together(
+        made = _rows_together(
             [source for source, _ in sources],
             [placed(origin, self.shared, self.row_axis) for _, origin in sources],
             placed(at.reshape(-1, at.shape[-1]), self.shared, self.row_axis),
@@ -158,6 +159,7 @@ class _Change(NamedTuple):
             (count, *shape[1 : at.shape[-1]]),
             None if self.shared is None else (self.shared.mesh, self.row_axis, columns),
         )
+        return layout.put(made)
 
 
 @partial(jax.jit, static_argnums=(4, 5))

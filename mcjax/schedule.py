@@ -79,14 +79,7 @@ def settings(
       others: of all else.
       usual: at which all else is served unless asked otherwise.
     """
-    count = sum(
-        math.prod(role.shape)
-        for layer in decoder.layers
-        for role in weights.roles(layer, decoder.width)
-        if role.tap is not None
-    )
-    times = min(MOST_TIMES, max(1.0, WEIGHTS / count))
-    found = []
+    times, found = times_of(decoder), []
     for k in sorted(widths, reverse=True):
         both = (usual, k) if k in others and k != usual else (usual,)
         found.append(Setting(k, both, round(times * STEPS.get(k, min(STEPS.values())))))
@@ -94,6 +87,17 @@ def settings(
     if between:
         found.append(Setting(None, (usual,), round(times * MIXED_STEPS), between))
     return tuple(found)
+
+
+def times_of(decoder: Decoder) -> float:
+    """How many times what a model of `WEIGHTS` weights or more learns from a smaller one does."""
+    count = sum(
+        math.prod(role.shape)
+        for layer in decoder.layers
+        for role in weights.roles(layer, decoder.width)
+        if role.tap is not None
+    )
+    return min(MOST_TIMES, max(1.0, WEIGHTS / count))
 
 
 class Turn(NamedTuple):

@@ -31,13 +31,15 @@ from mcjax import passes, text
 from mcjax.leaves import added
 from mcjax.models import weights
 from mcjax.models.decoder import Decoder, Layer
+from mcjax.schedule import times_of
 from mcjax.tune_artifact import outputs
 
 DENSE = 8
 """A weight of so many bits is taken to cost nothing."""
 
 WINDOWS = 16
-"""How many windows costs are measured on, at most."""
+"""How many windows costs are measured on, at most; more of a small model, see
+`mcjax.schedule.times_of`: how a budget is shared out varies less then."""
 
 TOKENS = 128
 """How many tokens of each, at most, the first."""
@@ -62,9 +64,16 @@ class Text(NamedTuple):
     target: np.ndarray
 
 
-def some_of(windows: np.ndarray, target: np.ndarray) -> Text:
-    """At most `WINDOWS` of many windows, spread evenly, and `TOKENS` of each."""
-    return Text(*(text.spread(each, WINDOWS)[:, :TOKENS].copy() for each in (windows, target)))
+def shape_of(decoder: Decoder, windows: np.ndarray) -> tuple[int, int]:
+    """How many of windows int [N, T], and of their tokens, costs are measured on."""
+    count, length = windows.shape
+    return min(count, round(WINDOWS * times_of(decoder))), min(length, TOKENS)
+
+
+def some_of(decoder: Decoder, windows: np.ndarray, target: np.ndarray) -> Text:
+    """What costs are measured on: some windows of many, spread evenly, and their first tokens."""
+    count, length = shape_of(decoder, windows)
+    return Text(*(text.spread(each, count)[:, :length].copy() for each in (windows, target)))
 
 
 def costs(

@@ -33,7 +33,7 @@ from mcjax.bitplane import BitPlanes, MixedPlanes
 from mcjax.models import weights
 from mcjax.models.attention import KeyValues
 from mcjax.models.decoder import Decoder, Heads, Routed
-from mcjax.ops import Adapted, Columns, Fragment, Places
+from mcjax.ops import Adapted, Columns, Fragment, Places, layout
 
 RULES: dict[str, str | tuple[str, ...]] = {
     "batch": ("data", "expert"),
@@ -67,9 +67,8 @@ class Sharding:
 
     def place(self, array: Any, spec: P) -> jax.Array:
         """An array of this host on its devices, each process putting only what its own hold."""
-        return jax.make_array_from_callback(
-            array.shape, NamedSharding(self.mesh, spec), lambda index: array[index]
-        )
+        where = layout.rows(array, NamedSharding(self.mesh, spec))
+        return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
 
     def batch_spec(self, count: int) -> tuple[str, ...] | None:
         """The axes that so many sequences are shared out along: the most that divide them."""

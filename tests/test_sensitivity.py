@@ -1,5 +1,6 @@
 """What parts cost: against derivatives of the whole model, and what it then says."""
 
+import dataclasses
 import json
 import shutil
 
@@ -47,7 +48,7 @@ def every(folder, artifact):
 @pytest.fixture(scope="module")
 def tokens(folder, text_file):
     read = encode_file(folder.tokenizer_path, text_file, folder.decoder.vocab_size, ())
-    return windows(read, 48, "text", None)[:40]
+    return windows(read, 48, "text", None)[:16]
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +72,8 @@ def found(folder, every, tokens, parts, tmp_path_factory):
     stored = [{}, {}]
     for part in parts:
         stored[part.layer][part.tap] = part.widths
-    text = sensitivity.some_of(tokens, x)
-    assert text.windows.shape == (sensitivity.WINDOWS, 48)
+    text = sensitivity.some_of(decoder, tokens, x)
+    assert text.windows.shape == (16, 48)
 
     def measured(read, at):
         given = decoder, stored, folder.read_rest(), read, at, text, 6, directory
@@ -85,6 +86,16 @@ def found(folder, every, tokens, parts, tmp_path_factory):
 
     jax.tree.map(np.testing.assert_array_equal, made, measured(never, never))
     return text.windows, made
+
+
+def test_a_small_models_costs_are_measured_on_more_text(folder):
+    many = np.arange(400 * 300).reshape(400, 300)
+    some = sensitivity.some_of(folder.decoder, many, many[..., None])
+    assert some.windows.shape == (8 * sensitivity.WINDOWS, sensitivity.TOKENS)
+    assert some.windows[0, 0] == 0 and some.windows[-1, 0] == 399 * 300
+    np.testing.assert_array_equal(some.target[..., 0], some.windows)
+    large = dataclasses.replace(folder.decoder, layers=folder.decoder.layers * 10_000)
+    assert sensitivity.shape_of(large, many) == (sensitivity.WINDOWS, sensitivity.TOKENS)
 
 
 def test_costs_are_integrals_of_the_whole_models_gradient(folder, every, parts, found):

@@ -19,28 +19,44 @@ SEEN = ("cuda 9.0",)
 
 
 def first() -> Any:
-    """The device that arrays live on unless told otherwise."""
-    return jax.devices()[0]
+    """The device that arrays live on unless told otherwise, see `jax.default_device`.
+
+    To compile for a device that is not here, make one of a topology the default while tracing, see
+    `jax.experimental.topologies`.
+    """
+    told = jax.config.jax_default_device
+    if told is None:
+        return jax.devices()[0]
+    return jax.devices(told)[0] if isinstance(told, str) else told
+
+
+def is_here(device: Any) -> bool:
+    """Whether a program can be run on a device, or only be compiled for it."""
+    try:
+        return device in jax.devices(device.platform)
+    except RuntimeError:  # there is none of that platform
+        return False
 
 
 def platform() -> str:
     """Whose products to use: "cpu", "gpu" or "tpu", or "plain" where XLA's own must serve.
 
     Plain are GPUs below `TRITON` and those that are not NVIDIA's, devices of other kinds, and those
-    on which a kernel was tried and failed, see `works`.
+    on which a kernel was tried and failed, see `works`. Where nothing can be tried, since the
+    device is not here, kernels are taken to work.
     """
     device = first()
     if device.platform == "cpu":
         return "cpu"
     if device.platform == "tpu":
-        return "tpu" if works("tpu", device.device_kind) else "plain"
+        return "tpu" if not is_here(device) or works("tpu", device.device_kind) else "plain"
     capability = str(getattr(device, "compute_capability", ""))
     parts = capability.split(".")
     if device.platform not in ("gpu", "cuda") or not all(part.isdigit() for part in parts):
         return "plain"  # AMD's capabilities are names
     if tuple(map(int, parts)) < TRITON:
         return "plain"
-    return "gpu" if works("gpu", f"cuda {capability}") else "plain"
+    return "gpu" if not is_here(device) or works("gpu", f"cuda {capability}") else "plain"
 
 
 @cache
