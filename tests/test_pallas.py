@@ -1,5 +1,6 @@
 """Pallas kernels in interpret mode against dequantise-then-multiply; lowering for real targets."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -12,6 +13,7 @@ from mcjax import tables
 from mcjax.bitplane import BitPlanes, empty, mixed, padded
 from mcjax.models.decoder import Routed, Routing
 from mcjax.models.experts import apply_experts
+from mcjax.ops import dp4a, pallas
 from mcjax.ops.grouped import expert_map
 from mcjax.ops.pallas import TARGETS, grouped_dot, supported
 
@@ -111,6 +113,42 @@ def test_mixed_planes(target):
         x, index = rows_of(planes, 30, experts)
         poisoned = jnp.where(keep[:, None], x, jnp.nan)
         assert_close(run(poisoned, planes, index, keep), dense_dot(x, planes, index, keep))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_drafting_reads_the_first_planes_of_whole_stacks(target):
+    wide, narrow = random_planes(2, 64, 40, 3, 32), random_planes(2, 64, 40, 1, 32)
+    both = (narrow.tables[0], *wide.tables)
+    nested = dataclasses.replace(wide, tables=both, widths=(1, 3))
+    drafting = mixed((nested,), (3, 3), most=1)
+    x, index = rows_of(wide, 20)
+
+    def run(x):
+        return grouped_dot(x, drafting, index, target=target, interpret=True)
+
+    assert_close(run(x), dense_dot(x, nested.slice(1), index))
+    text = str(jax.make_jaxpr(run)(x))
+    assert "u32[2,3,1,2,40]" in text  # all planes
+    assert "u32[2,1,1,2,40]" not in text  # a slice of them, which would be a copy
+
+
+@pytest.mark.parametrize("rows", [3, 40])
+def test_tables_out_of_reach_of_bytes(rows, monkeypatch):
+    """Four entries in a word, where signed 32-bit offsets would not tell all bytes apart."""
+    assert pallas.is_within_reach(2**31) and pallas.is_within_reach(2**32 + 1)
+    assert not pallas.is_within_reach(2**31 + 1) and not pallas.is_within_reach(2**32)
+    planes = random_planes(3, 192, 140, 3, 64)
+    size = planes.tables[0].size
+    monkeypatch.setattr(pallas, "REACH", size - 1)
+    assert pallas.addressed(planes.tables[0]).shape == (*planes.tables[0].shape[:-1], 35)
+    assert supported(planes.shape, 64, 3, jnp.float32)
+    assert not supported((3, 192, 141), 64, 3, jnp.float32)
+    x, index = rows_of(planes, rows)
+    if rows > 3:
+        got = grouped_dot(x, planes, index, target="gpu", interpret=True)
+    else:
+        (got,) = dp4a.expert_dots(x, (planes,), index, interpret=True)
+    assert_close(got, dense_dot(x, planes, index), 1e-3)
 
 
 @pytest.mark.parametrize("rows", [3, 60])

@@ -31,12 +31,14 @@ from mcjax.bitplane import WORD, BitPlanes, MixedPlanes
 from mcjax.ops.grouped import expert_map
 from mcjax.ops.pallas import (
     Plan,
+    addressed,
     decode,
     dequantized_dot,
     in_segments,
     places_of,
     plan_blocks,
-    stacks_of,
+    reads_of,
+    table_entry,
 )
 
 _TILE = 4  # groups that a program multiplies at once
@@ -177,14 +179,13 @@ def _plan(x, planes, index, keep) -> Plan:
         return plan._replace(source=plan.source // each)
     owner, slot = (place[index] for place in places_of(planes))
     if keep is not None:
-        owner = jnp.where(keep, owner, len(stacks_of(planes)))
+        owner = jnp.where(keep, owner, len(reads_of(planes)))
     return Plan(jnp.arange(rows, dtype=jnp.int32) // each, None, owner, slot, jnp.empty((0, 2)))
 
 
 def _round(config, parts, planes) -> Rounded:
     """Rounds the sum of parts [splits, 1, N, d_in], or with two of them ``silu(a) * b``."""
-    stack = stacks_of(planes)[0]
-    words, groups, _ = stack.planes.shape[-3:]
+    words, groups, _ = reads_of(planes)[0].planes.shape[-3:]
     groups = pl.cdiv(groups, _TILE) * _TILE
     rows, limbs = parts.shape[2], config.limbs
     packed, scale = pl.pallas_call(
@@ -243,21 +244,15 @@ def _round_kernel(words, limbs, parts, packed, scale):
 
 def _multiply(config, rows: Rounded, weights: Weights, plan: Plan) -> jax.Array:
     """Partial sums float32 [splits, weights, rows of blocks, d_out]."""
-    # Whole stacks, of which the kernel reads the planes of these widths: slices would be copies.
-    stacks = [planes.stacks if isinstance(planes, MixedPlanes) else (planes,) for planes in weights]
-    most = getattr(weights[0], "most", None)
+    reads = [reads_of(planes) for planes in weights]
     d_out = weights[0].shape[-1]
     blocks = plan.slots.shape[0]
     block_rows = plan.source.shape[0] // blocks
     tiles = rows.scale.shape[1] // _TILE
     columns = pl.cdiv(d_out, _BLOCK_OUT)
     splits = max(1, min(tiles, _PROGRAMS // (blocks * columns * len(weights))))
-    widths = [stack.bits if most is None else min(most, stack.bits) for stack in stacks[0]]
-    held = [
-        (stack.planes, stack.tables[stack.widths.index(width)])
-        for every in stacks
-        for stack, width in zip(every, widths, strict=True)
-    ]
+    widths = [read.width for read in reads[0]]
+    held = [(read.planes, addressed(read.table)) for every in reads for read in every]
     return pl.pallas_call(
         partial(_kernel, config.interpret, len(weights), widths),
         grid=(blocks, columns * len(weights), splits),
@@ -302,23 +297,42 @@ def _one_block(interpret, width, rows, weight, out, place):
         inside = column * _BLOCK_OUT + lax.broadcasted_iota(jnp.int32, (1, _BLOCK_OUT), 1) < d_out
     shape = (_TILE, _BLOCK_OUT)
 
-    def load(ref, tile, *place):
+    def mask_of(tile):
         mask = inside
         if groups % _TILE:
             group = tile * _TILE + lax.broadcasted_iota(jnp.int32, (_TILE, 1), 0)
             mask = group < groups if mask is None else (group < groups) & mask
-        at = ref.at[(*map(jnp.int32, place), pl.ds(tile * _TILE, _TILE), outs)]
+        return None if mask is None else jnp.broadcast_to(mask, shape)
+
+    def load(at, tile, dtype):
+        mask = mask_of(tile)
         if mask is None:
             return pltriton.load(at)
-        return pltriton.load(at, mask=jnp.broadcast_to(mask, shape), other=jnp.zeros((), ref.dtype))
+        return pltriton.load(at, mask=mask, other=jnp.zeros((), dtype))
+
+    def codes_of(tile, r):
+        if table.dtype == jnp.uint8:
+            at = table.at[slot, jnp.int32(r), pl.ds(tile * _TILE, _TILE), outs]
+            return load(at, tile, table.dtype).astype(jnp.int32)
+        group, out = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+        place = (jnp.full(shape, slot), jnp.full(shape, r, jnp.int32), tile * _TILE + group)
+
+        def of_word(word):
+            return load(table.at[(*place, word)], tile, table.dtype)
+
+        return table_entry(of_word, table.dtype, column * _BLOCK_OUT + out)
 
     def one_tile(tile, totals):
         in_tile = pl.ds(tile * _TILE, _TILE)
-        codes = [load(table, tile, slot, r).astype(jnp.int32) for r in range(table.shape[1])]
+        codes = [codes_of(tile, r) for r in range(table.shape[1])]
 
         def one_word(word, counts):
             counts = [list(of_row) for of_row in counts]
-            of_planes = [load(planes, tile, slot, p, word) for p in range(width)]
+            at = pl.ds(tile * _TILE, _TILE), outs
+            of_planes = [
+                load(planes.at[slot, jnp.int32(p), jnp.int32(word), *at], tile, planes.dtype)
+                for p in range(width)
+            ]
             for step in range(_STEPS):
                 bits = [(plane >> jnp.uint32(step)) & _BYTES for plane in of_planes]
                 for i, (row, limb) in enumerate(_each(own, limbs)):

@@ -52,9 +52,37 @@ def supported(shape: Sequence[int], group_size: int, width: int, dtype: Any) -> 
     if len(shape) != 3 or min(shape) < 1 or group_size < WORD or group_size % WORD:
         return False
     experts, d_in, d_out = shape
-    # Triton addresses arrays of up to 4 GiB with signed 32-bit offsets, too few for bytes.
     table = experts * tables_lib.num_rows(width) * pl.cdiv(d_in, group_size) * d_out
-    return 1 <= width <= 8 and table < 2**31 and jnp.dtype(dtype) in (jnp.float32, jnp.bfloat16)
+    fits = is_within_reach(table) or d_out % 4 == 0
+    return 1 <= width <= 8 and fits and jnp.dtype(dtype) in (jnp.float32, jnp.bfloat16)
+
+
+REACH = 1 << 31
+"""Entries that a signed 32-bit offset tells apart."""
+
+
+def is_within_reach(entries: int) -> bool:
+    """Whether Triton finds every byte of so many: beyond 4 GiB its offsets have 64 bits."""
+    return entries <= REACH or entries > 2 * REACH
+
+
+def addressed(table: jax.Array) -> jax.Array:
+    """A table of bytes as a GPU's kernels take it: four in a word where those are out of reach."""
+    return table if is_within_reach(table.size) else table.view(jnp.uint32)
+
+
+def table_entry(load: Callable[[jax.Array], jax.Array], dtype: Any, out: jax.Array) -> jax.Array:
+    """An entry of an `addressed` table of a dtype, int32.
+
+    Args:
+      load: gives what lies at a place of the table's last axis.
+      dtype: of the table.
+      out: int32, the output features whose entries are wanted.
+    """
+    if dtype == jnp.uint8:
+        return load(out).astype(jnp.int32)
+    shift = (8 * (out % 4)).astype(jnp.uint32)
+    return (lax.shift_right_logical(load(out // 4), shift) & np.uint32(255)).astype(jnp.int32)
 
 
 class _Config(NamedTuple):
@@ -125,8 +153,8 @@ def grouped_dot(
         if size is not None and (size < 1 or size & (size - 1)):
             raise ValueError(f"{name} must be a power of two, got {size}")
     target = "gpu" if interpret and target is None else target
-    width = max(stack.bits for stack in stacks_of(planes))
-    most = max(stack.shape[0] for stack in stacks_of(planes))
+    width = max(read.width for read in reads_of(planes))
+    most = max(len(read.planes) for read in reads_of(planes))
     held = (most, *planes.shape[1:])
     fits = x.shape[0] > 0 and supported(held, planes.group_size, width, x.dtype)
     if not fits and target is not None:
@@ -174,13 +202,27 @@ def dequantized_dot(weights, rows):
     return jnp.dot(rows, weight.dequantize(rows.dtype))
 
 
-def stacks_of(planes: BitPlanes | MixedPlanes) -> tuple[BitPlanes, ...]:
-    """The planes of each width, as many as are read."""
-    if not isinstance(planes, MixedPlanes):
-        return (planes,)
-    if planes.most is None:
-        return planes.stacks
-    return tuple(stack.at_width(min(planes.most, stack.bits)) for stack in planes.stacks)
+class Read(NamedTuple):
+    """What a kernel is given of a stack: all its planes, since a slice would be a copy.
+
+    Attributes:
+      planes: uint32 [n, bits, words, groups, d_out].
+      table: uint8 [n, rows, groups, d_out], that of the width that is read.
+      width: planes that are read, the first.
+    """
+
+    planes: jax.Array
+    table: jax.Array
+    width: int
+
+
+def reads_of(planes: BitPlanes | MixedPlanes) -> tuple[Read, ...]:
+    """What is read of each stack."""
+    if isinstance(planes, MixedPlanes):
+        pairs = zip(planes.stacks, planes.reads, strict=True)
+    else:
+        pairs = ((planes, planes.bits),)
+    return tuple(Read(s.planes, s.tables[s.widths.index(k)], k) for s, k in pairs)
 
 
 def places_of(planes: BitPlanes | MixedPlanes) -> tuple[jax.Array, jax.Array]:
@@ -218,7 +260,7 @@ def plan_blocks(planes, index, keep, block_rows: int) -> Plan:
         jnp.zeros(experts, jnp.int32).at[by_stack].set(jnp.arange(experts, dtype=jnp.int32))[index]
     )
     stack, slot = stack[by_stack], slot[by_stack]
-    count = len(stacks_of(planes))
+    count = len(reads_of(planes))
     edges = jnp.searchsorted(stack, jnp.arange(count + 1))
     # An expert's last block may be all but one row filling. One block more than can be used is
     # where a kernel without blocks may write.
@@ -257,13 +299,13 @@ def _product(target, config, x, planes, index, keep):
         out: Any = matrix_dot(x, planes, plan, block_rows, block_out, config.interpret)
     else:
         # 32 groups are a whole tile of bytes, which is what tables are.
-        groups = stacks_of(planes)[0].planes.shape[-2]
+        groups = reads_of(planes)[0].planes.shape[-2]
         ordered = _order(x, plan.source, groups, planes.group_size, _power_of_two(groups, 8, 32))
         block_out = min(d_out, max(config.block_out or 256, _LANES))
         out = None  # each stack's kernel adds its own blocks to what the ones before wrote
-        for span, stack in zip(plan.spans, stacks_of(planes), strict=True):
+        for span, read in zip(plan.spans, reads_of(planes), strict=True):
             out = _tpu_call(
-                span, plan.slots, ordered, stack, out, block_rows, block_out, config.interpret
+                span, plan.slots, ordered, read, out, block_rows, block_out, config.interpret
             )
     y = out.at[:, plan.place].get(mode="clip").sum(0)
     return jnp.where(keep[:, None], y, 0).astype(x.dtype)
@@ -321,11 +363,11 @@ def in_segments(planes: Sequence[jax.Array]) -> list[Sequence[jax.Array]]:
     return [planes[end - n : end] for n, end in zip(segments, ends, strict=True)]
 
 
-def _tpu_call(span, slots, x, stack: BitPlanes, out, block_rows, block_out, interpret):
+def _tpu_call(span, slots, x, read: Read, out, block_rows, block_out, interpret):
     units, rows, features = x.shape
-    _, width, words, groups, d_out = stack.planes.shape
+    planes, table, width = read
+    _, _, words, groups, d_out = planes.shape
     tile = min(features // WORD, groups)
-    table = stack.tables[-1]
     existing = () if out is None else (out,)
     block: dict[str, Callable] = {
         "x": lambda o, i, u, span, slots: (u, span[0] + i, 0),
@@ -361,7 +403,7 @@ def _tpu_call(span, slots, x, stack: BitPlanes, out, block_rows, block_out, inte
         ),
         interpret=interpret,
         name="planes_grouped_dot",
-    )(span, slots, x, stack.planes, table, *existing)
+    )(span, slots, x, planes, table, *existing)
 
 
 def _tpu_kernel(width, span, slots, x, planes, table, *existing_out_and_total):

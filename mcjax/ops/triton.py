@@ -24,7 +24,7 @@ from jax.experimental.pallas import triton as pltriton
 
 from mcjax import tables as tables_lib
 from mcjax.bitplane import WORD, BitPlanes, MixedPlanes
-from mcjax.ops.pallas import Plan, decode, slab, stacks_of
+from mcjax.ops.pallas import Plan, addressed, decode, reads_of, slab, table_entry
 
 _WARPS = 8
 _REGISTERS = 208  # of 255, the others being addresses and what is being computed
@@ -53,17 +53,17 @@ def matrix_dot(
     Returns:
       [splits, rows of all blocks, d_out], to be summed over the first axis.
     """
-    stacks = stacks_of(planes)
-    words, groups, d_out = stacks[0].planes.shape[-3:]
-    depth = _depth(max(stack.bits for stack in stacks), block_rows, block_out)
+    reads = reads_of(planes)
+    words, groups, d_out = reads[0].planes.shape[-3:]
+    depth = _depth(max(read.width for read in reads), block_rows, block_out)
     ordered = _order(x, plan.source, words, groups, depth)
     grid = plan.slots.shape[0], pl.cdiv(d_out, block_out)
     splits = max(1, min(len(ordered), _PROGRAMS // (grid[0] * grid[1])))
     held = []
-    for stack in stacks:
-        held += [stack.planes.reshape(*stack.planes.shape[:2], -1, d_out), stack.tables[-1]]
+    for read in reads:
+        held += [read.planes.reshape(*read.planes.shape[:2], -1, d_out), addressed(read.table)]
     return pl.pallas_call(
-        partial(_kernel, block_rows, block_out),
+        partial(_kernel, block_rows, block_out, [read.width for read in reads]),
         grid=(*grid, splits),
         out_shape=jax.ShapeDtypeStruct(
             (splits, plan.source.shape[0], d_out), x.dtype if splits == 1 else jnp.float32
@@ -94,21 +94,21 @@ def _order(x, source, words, groups, depth):
     return x.reshape(*x.shape[:2], -1, depth).transpose(2, 0, 1, 3)
 
 
-def _kernel(block_rows, block_out, owner, slots, x, *refs):
+def _kernel(block_rows, block_out, widths, owner, slots, x, *refs):
     *held, out = refs
     block, column, split = (pl.program_id(axis) for axis in range(3))
-    for s in range(len(held) // 2):
+    for s, width in enumerate(widths):
         planes, table = held[2 * s : 2 * s + 2]
 
         @pl.when(owner[block] == s)
-        def _(planes=planes, table=table):
-            sizes = block_rows, block_out
+        def _(width=width, planes=planes, table=table):
+            sizes = block_rows, block_out, width
             _one_block(sizes, slots[block], x, planes, table, out, block, column, split)
 
 
 def _one_block(sizes, slot, x, planes, table, out, block, column, split):
-    block_rows, block_out = sizes
-    _, width, length, d_out = planes.shape
+    block_rows, block_out, width = sizes
+    _, _, length, d_out = planes.shape
     groups, (tiles, _, _, depth), splits = table.shape[-2], x.shape, out.shape[0]
     rows = pl.ds(block * block_rows, block_rows)
     o = column * block_out + lax.broadcasted_iota(jnp.int32, (depth, block_out), 1)
@@ -119,15 +119,18 @@ def _one_block(sizes, slot, x, planes, table, out, block, column, split):
         if length % depth or d_out % block_out:
             mask = (q < length) & (o < d_out)
 
-        def load(ref, row, feature):
+        def load(ref, row, feature, o):
             at = ref.at[jnp.full_like(q, slot), jnp.full_like(q, row), feature, o]
             if mask is None:
                 return pltriton.load(at)
             return pltriton.load(at, mask=mask, other=jnp.zeros((), ref.dtype))
 
-        codes = [load(table, r, q % groups).astype(jnp.int32) for r in range(table.shape[1])]
+        codes = [
+            table_entry(partial(load, table, r, q % groups), table.dtype, o)
+            for r in range(table.shape[1])
+        ]
         added, base = decode(codes, width)
-        of_planes = [load(planes, p, q).T for p in range(width)]
+        of_planes = [load(planes, p, q, o).T for p in range(width)]
         added, base = [step.T for step in added], base.T
 
         def some_bits(i, total):
