@@ -19,11 +19,11 @@ from mcjax.models import weights
 from mcjax.models.decoder import Decoder
 from mcjax.notes import Note
 
-STEPS = {1: 16, 2: 48, 3: 40, 4: 28}
+STEPS = {1: 16, 2: 64, 3: 40, 4: 28}
 """Steps that train each width alone, in a model of `WEIGHTS` weights in planes or more; widths that
 are not named have the least of these."""
 
-MIXED_STEPS = 96
+MIXED_STEPS = 112
 """Steps that train budgets and all widths by turns."""
 
 MIXED_RATE = 0.5
