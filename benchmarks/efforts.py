@@ -100,7 +100,8 @@ def main() -> None:
             artifact = folder / f"{name}_{effort}.mcjax"
             row = {"code": name, "effort": effort, **compressed(arguments, checkout, artifact)}
             given = artifact, arguments.text, arguments.seq_len, list(settings.values())
-            made = run(checkout, EVALUATE, json.dumps(given, default=str))[0].splitlines()[-1]
+            lines = run(checkout, EVALUATE, json.dumps(given, default=str))[0].splitlines()
+            (made,) = (line for line in lines if line.startswith("[{"))  # the solver prints too
             found = dict(zip(settings, json.loads(made), strict=True))
             row["effective_bits"] = {k: f["effective_bits"] for k, f in found.items()}
             row["bytes_read"] = {k: f["bytes_read"] for k, f in found.items()}
