@@ -107,9 +107,8 @@ def main() -> None:
             row["bytes_read"] = {k: f["bytes_read"] for k, f in found.items()}
             report(row, {k: f["perplexity"] for k, f in found.items()})
     if arguments.gptq:
-        start = time.perf_counter()
-        found = dedicated(arguments)
-        report({"code": "gptq", "seconds": time.perf_counter() - start}, found)
+        seconds, found = dedicated(arguments)
+        report({"code": "gptq", "seconds": seconds}, found)
 
 
 def compressed(arguments: argparse.Namespace, checkout: Path, artifact: Path) -> dict[str, Any]:
@@ -129,10 +128,9 @@ def compressed(arguments: argparse.Namespace, checkout: Path, artifact: Path) ->
 def run(checkout: Path, program: str, *given: str) -> tuple[str, int]:
     """What a program prints, run with the code of a checkout, and the most memory it had."""
     process = subprocess.Popen(
-        [sys.executable, "-c", program, *given],
+        [sys.executable, "-P", "-c", program, *given],  # not the code of this folder
         stdout=subprocess.PIPE,
         text=True,
-        cwd=checkout,
         env={**os.environ, "PYTHONPATH": str(checkout)},
     )
     if process.stdout is None:
@@ -145,8 +143,8 @@ def run(checkout: Path, program: str, *given: str) -> tuple[str, int]:
     return printed, used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def dedicated(arguments: argparse.Namespace) -> dict[str, float]:
-    """Perplexities of models that GPTQ made for each width."""
+def dedicated(arguments: argparse.Namespace) -> tuple[float, dict[str, float]]:
+    """Seconds that GPTQ took to make a model for each width, and perplexities of these."""
     folder = Folder(arguments.model)
     decoder, found = folder.decoder, {}
     read, ends = folder.tokenizer_path, decoder.eos_token_ids
@@ -161,10 +159,13 @@ def dedicated(arguments: argparse.Namespace) -> dict[str, float]:
     roles = weights.budgeted(decoder, decoder.layers[weights.budgeted_layers(decoder)[0]])
     experts = roles[0].shape[0] if roles[0].routed else 1
     shape = (len(weights.budgeted_layers(decoder)), experts)
+    seconds = 0.0
     for k in arguments.bits:
+        start = time.perf_counter()
         params = dedicated_gptq(folder, calibration, np.full(shape, k), arguments.group_size)
+        seconds += time.perf_counter() - start
         found[str(k)] = text.perplexity(LanguageModel(decoder), params, held_out)[0]
-    return found
+    return seconds, found
 
 
 if __name__ == "__main__":

@@ -32,22 +32,18 @@ WIDTHS = (3, 2, 2, 2, 2, 2, 2, 2)
 CHUNK = 1 << 27
 """Weights that are quantised at once; what that takes is no trouble to 80 GB."""
 
-STEPS = {1: 64, 16: 16, 2048: 4}
+STEPS = {1: 64, 16: 16, 64: 8, 2048: 4}
 """Blocks in a row that one measurement runs, as a model's layers would follow each other."""
 
 
 def models(decoder):
     """The block dense in bfloat16 and from planes: activation bits and parameters by name."""
-    params = bench.random_params(decoder, jnp.bfloat16, WIDTHS)
-    params = weights.of_layer(decoder, params, 0)["block"]
-    experts = {
-        # Drawn on the device: `random_params` would take a minute for a billion numbers.
-        role.path[-1]: jax.random.normal(jax.random.key(i), role.shape, jnp.bfloat16)
-        * role.shape[1] ** -0.5
-        for i, role in enumerate(weights.budgeted(decoder, decoder.layers[0]))
-    }
+    params, dense = (
+        weights.of_layer(decoder, bench.random_params(decoder, jnp.bfloat16, widths), 0)["block"]
+        for widths in (WIDTHS, ())
+    )
     return {
-        "mcjax dense bfloat16": (None, {"router": params["router"], "experts": experts}),
+        "mcjax dense bfloat16": (None, dense | {"router": params["router"]}),
         "mcjax 2.125 bits": (None, params),
         "mcjax 2.125 bits, int8 activations": (8, params),
     }
@@ -213,7 +209,7 @@ def _expert(weight, expert):
 
 
 def layers(decoder, repeats, bandwidth):
-    """Rows for 1, 16 and 2048 tokens, with the roofline of reading the routed experts once."""
+    """Rows for 1, 16, 64 and 2048 tokens, with the roofline of reading the routed experts once."""
     every, spec = models(decoder), decoder.layers[0].block
     dense, served = every["mcjax dense bfloat16"][1], every["mcjax 2.125 bits"][1]
     key, rows = jax.random.key(0), []

@@ -23,6 +23,7 @@ import math
 import re
 import sys
 import tempfile
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,18 +31,23 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType
+import whole
+from jax.experimental import topologies
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 import mcjax
 from mcjax import sharding
 from mcjax.bitplane import BitPlanes, MixedPlanes, empty
 from mcjax.compress import compress
 from mcjax.demo import EMBEDDED
+from mcjax.generate import decode
 from mcjax.hub import write
 from mcjax.models import weights
 from mcjax.models.decoder import Decoder, Heads, Routed
 from mcjax.models.families import describe
 from mcjax.models.language_model import LanguageModel, empty_cache
+from mcjax.ops import layout
+from mcjax.sampling import Sampling
 
 AXES = ("data", "expert", "model")
 SMALL = {
@@ -115,6 +121,17 @@ DEEPSEEK_V3 = {
 LARGE = {"Qwen3-235B-A22B": QWEN3_235B, "DeepSeek-V3": DEEPSEEK_V3}
 
 
+MODELS = {**LARGE, "Qwen3-30B-A3B": whole.QWEN}
+
+AHEAD = [
+    ("Qwen3-30B-A3B", ("v5e:4x4", (1, 4, 4), 16, 4096)),
+    ("Qwen3-235B-A22B", ("v5e:16x16", (1, 64, 4), 256, 4096)),
+    ("DeepSeek-V3", ("v5e:16x16", (1, 64, 4), 256, 4096)),
+    ("DeepSeek-V3", ("v6e:8x8", (1, 64, 1), 256, 4096)),
+]
+"""Models, and the slices, meshes, sequences and tokens for which their decoding is compiled."""
+
+
 class Machine(NamedTuple):
     """A mesh of devices, by their makers' figures.
 
@@ -145,7 +162,18 @@ def main() -> None:
     """Writes FILE.json."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--ahead", action="store_true", help="only compile for slices of TPUs, with their libtpu"
+    )
     arguments = parser.parse_args()
+    if arguments.ahead:
+        rows = []
+        for name, given in AHEAD:
+            rows.append({"model": name, **compiled(describe(MODELS[name])[1], *given)})
+            print(json.dumps(rows[-1]), flush=True)
+            text = json.dumps({"jax": jax.__version__, "rows": rows}, indent=1)
+            arguments.out.write_text(text + "\n")
+        return
     facts: dict[str, Any] = {"jax": jax.__version__, "small": measured(), "trained": trained()}
     facts["large"] = []
     for name, config in LARGE.items():
@@ -285,27 +313,8 @@ def stacks(rows: int, shape: tuple[int, ...], widths: tuple[int, ...], devices: 
     return tuple(empty((each, *shape), k, rotated=True) for k in widths)
 
 
-def predicted(
-    decoder: Decoder,
-    shared: sharding.Sharding,
-    widths: tuple[int, ...],
-    others: int,
-    batch: int,
-    length: int,
-    dtype: Any,
-) -> dict[str, int]:
-    """Bytes of a device.
-
-    Args:
-      decoder: the model.
-      shared: the mesh, which may be abstract.
-      widths: of experts, as many of each.
-      others: width of all other planes.
-      batch: sequences.
-      length: tokens of each that the cache has room for.
-      dtype: of the cache.
-    """
-    devices = shared.size(shared.expert)
+def structure(decoder: Decoder, widths: tuple[int, ...], others: int, devices: int) -> Any:
+    """Shapes of parameters whose experts so many devices share; see `predicted`."""
 
     def make():
         params: dict[str, Any] = {}
@@ -326,7 +335,82 @@ def predicted(
                 weights.put(params, member.path + role.path, leaf)
         return params
 
-    params = jax.eval_shape(make)
+    return jax.eval_shape(make)
+
+
+def compiled(
+    decoder: Decoder, slice_of: str, shape: tuple[int, int, int], batch: int, length: int
+) -> dict[str, Any]:
+    """What a TPU's compiler makes of a step of decoding on a slice that is not here.
+
+    Args:
+      decoder: the model.
+      slice_of: as JAX's topologies name it, such as "v5e:16x16".
+      shape: of the mesh, its axes `AXES`.
+      batch: sequences.
+      length: tokens of each that the cache has room for.
+    """
+    for name, value in whole.ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    devices = topologies.get_topology_desc(slice_of, "tpu").devices
+    mesh = jax.sharding.Mesh(
+        np.array(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 3
+    )
+    shared = sharding.resolve(mesh)
+
+    def placed(tree, along):
+        def one(leaf, where):
+            laid = layout.row_by_row(leaf, where)
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=laid)
+
+        return jax.tree.map(one, tree, along)
+
+    def named(specs):
+        return jax.tree.map(partial(NamedSharding, mesh), specs)
+
+    params = structure(decoder, (2, 3), 4, shared.size(shared.expert))
+    params = placed(params, sharding.shardings(decoder, params, shared))
+    along = shared.batch_spec(batch)
+    cache = jax.eval_shape(partial(empty_cache, decoder, batch, length, jnp.bfloat16))
+    cache = placed(cache, named(sharding.cache_partition(decoder, cache, shared, along)))
+    token = jax.ShapeDtypeStruct((batch,), np.int32, sharding=named(PartitionSpec(along)))
+    module, start = LanguageModel(decoder, jnp.bfloat16, shared=shared), time.perf_counter()
+    with jax.default_device(devices[0]):
+        traced = decode.trace(module, params, token, token, cache, None, Sampling())
+        made = traced.lower().compile()
+    memory, text = made.memory_analysis(), made.as_text()
+    return {
+        "slice": slice_of,
+        "mesh": shape,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "kernels": text.count("tpu_custom_call"),
+        "ragged_exchanges": text.count("ragged-all-to-all("),
+        "seconds_to_compile": time.perf_counter() - start,
+    }
+
+
+def predicted(
+    decoder: Decoder,
+    shared: sharding.Sharding,
+    widths: tuple[int, ...],
+    others: int,
+    batch: int,
+    length: int,
+    dtype: Any,
+) -> dict[str, int]:
+    """Bytes of a device.
+
+    Args:
+      decoder: the model.
+      shared: the mesh, which may be abstract.
+      widths: of experts, as many of each.
+      others: width of all other planes.
+      batch: sequences.
+      length: tokens of each that the cache has room for.
+      dtype: of the cache.
+    """
+    params = structure(decoder, widths, others, shared.size(shared.expert))
     where = sharding.shardings(decoder, params, shared)
 
     def bytes_of(tree, along):

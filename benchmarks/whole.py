@@ -78,6 +78,13 @@ STEPS = 32
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "v7x": "tpu7x:2x2x1"}
 
+ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+"""What libtpu would otherwise ask a cloud's machine."""
+
 GPUS = {
     "h100": ("NVIDIA H100 80GB HBM3", 3_352_000_000_000, 52_428_800, 85_000_000_000),
     "h200": ("NVIDIA H200", 4_800_000_000_000, 62_914_560, 150_000_000_000),
@@ -146,7 +153,7 @@ class Program(NamedTuple):
         return self.module.empty_cache(self.batch, self.prompt)
 
     def trace(self, params: Any, cache: Any, token: Any, place: Any) -> Any:
-        """The program, traced; `token` and `place` are int32 [batch] or [batch, tokens]."""
+        """The program, traced: tokens int32 [batch] at places [batch], or prompts of lengths."""
         greedy = Sampling()
         if self.tokens == 1:
             return decode.trace(self.module, params, token, place, cache, None, greedy)
@@ -208,10 +215,17 @@ def measured(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         if time.perf_counter() - begin > arguments.seconds:
             print(f"{shape.name} is left out, for want of time", flush=True)
             continue
+        mine = [
+            program
+            for program in programs(shape.module, prompt)
+            if arguments.only in f"{shape.name}, {program.name}"
+        ]
+        if not mine:
+            continue
         start = time.perf_counter()
-        params = jax.block_until_ready(shape.params())
+        params = jax.block_until_ready(layout.put(shape.params()))
         made = time.perf_counter() - start
-        for program in programs(shape.module, prompt):
+        for program in mine:
             start = time.perf_counter()
             program.run(params, 1)
             compiling = time.perf_counter() - start
@@ -236,11 +250,7 @@ def measured(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def described(target: str) -> Any:
     """A device that is not here."""
     if target in TOPOLOGIES:
-        for name, value in (
-            ("TPU_SKIP_MDS_QUERY", "1"),
-            ("TPU_ACCELERATOR_TYPE", "v5litepod-4"),
-            ("TPU_WORKER_HOSTNAMES", "localhost"),
-        ):
+        for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         return topologies.get_topology_desc(TOPOLOGIES[target], "tpu").devices[0]
     name, bandwidth, cache, memory = GPUS[target]
@@ -254,12 +264,13 @@ def on(device: Any, tree: Any) -> Any:
     where = SingleDeviceSharding(device)
 
     def one(leaf):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout.rows(leaf, where))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout.row_by_row(leaf, where))
 
     return jax.tree.map(one, tree)
 
 
-COPIED = re.compile(r"= (\w+)\[([\d,]+)\]\S* copy\(")
+COPIED = re.compile(r"= (\w+?)(\d*)\[([\d,]+)\]\S* copy\(")
+"""A copy's type, its bits if it says them, and its sizes."""
 
 
 def compiled(shape: Shape, program: Program, device: Any) -> dict[str, Any]:
@@ -273,8 +284,8 @@ def compiled(shape: Shape, program: Program, device: Any) -> dict[str, Any]:
         made = program.trace(params, cache, *on(device, tuple(given))).lower().compile()
     memory = made.memory_analysis()
     copied = [
-        math.prod(map(int, sizes.split(","))) * jnp.dtype(_DTYPES.get(kind, "float32")).itemsize
-        for kind, sizes in COPIED.findall(made.as_text())
+        math.prod(map(int, sizes.split(","))) * int(bits or 8) // 8
+        for _, bits, sizes in COPIED.findall(made.as_text())
     ]
     return {
         "model": shape.name,
@@ -287,9 +298,6 @@ def compiled(shape: Shape, program: Program, device: Any) -> dict[str, Any]:
     }
 
 
-_DTYPES = {"bf16": "bfloat16", "u8": "uint8", "s8": "int8", "pred": "bool"}
-
-
 def ahead(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A row for each program and target, or why there is none."""
     prompt = max(32, PROMPT // arguments.scale)
@@ -297,10 +305,14 @@ def ahead(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         device = described(target)
         for shape in shapes(arguments.scale):
             for program in programs(shape.module, prompt):
+                if arguments.only not in f"{shape.name}, {program.name}":
+                    continue
                 what = {"target": device.device_kind}
                 try:
                     yield what | compiled(shape, program, device)
-                except jax.errors.JaxRuntimeError as error:  # too little memory
+                except jax.errors.JaxRuntimeError as error:
+                    if "RESOURCE_EXHAUSTED" not in str(error):
+                        raise
                     why = {"model": shape.name, "program": program.name}
                     yield what | why | {"error": str(error).splitlines()[0][:300]}
 
@@ -313,6 +325,9 @@ def main() -> None:
     parser.add_argument("--scale", type=int, default=1, help="divide sizes, to try it anywhere")
     parser.add_argument(
         "--seconds", type=float, default=400, help="begin no model after so many (default 400)"
+    )
+    parser.add_argument(
+        "--only", default="", help="of MODEL, PROGRAM as a row names them, what contains this"
     )
     arguments = parser.parse_args()
     out: dict[str, Any] = {"jax": jax.__version__, "rows": []}

@@ -33,7 +33,7 @@ from mcjax.models import weights
 from mcjax.models.decoder import Decoder
 from mcjax.models.families import describe
 from mcjax.models.language_model import LanguageModel
-from mcjax.ops import device, dot, expert_dot
+from mcjax.ops import device, dot, expert_dot, layout
 from mcjax.sampling import Sampling
 
 SHAPE = (4096, 14336)
@@ -256,7 +256,8 @@ def served_moe(
     bfloat16, as in an artifact.
     """
     module = LanguageModel(describe(config or MOE)[1], act_bits=act_bits)
-    return module, random_params(module.decoder, jnp.bfloat16, (BUDGET + 1, BUDGET - 1))
+    params = random_params(module.decoder, jnp.bfloat16, (BUDGET + 1, BUDGET - 1))
+    return module, layout.put(params)
 
 
 def dense_moe() -> tuple[LanguageModel, Any]:
@@ -277,8 +278,8 @@ def _models() -> dict[str, tuple[LanguageModel, Any]]:
 def random_params(decoder: Decoder, dtype: Any, widths: Sequence[int] = (), other: int = 4) -> Any:
     """Parameters of a model: random arrays of `dtype` or, with widths, random planes.
 
-    NumPy draws what a CPU holds, which takes no compiling; other devices draw their own, and under
-    `jax.eval_shape` shapes alone are made.
+    NumPy draws what a CPU holds, which takes no compiling; other devices draw their own, of which
+    `jax.eval_shape` makes shapes alone.
 
     Args:
       decoder: the model.
@@ -314,7 +315,7 @@ def random_params(decoder: Decoder, dtype: Any, widths: Sequence[int] = (), othe
             if role.path in paths:
                 each = np.resize(widths, (count, *role.shape[:-2]))
                 stacks = [
-                    planes_of(seed + int(k), (int((each == k).sum()), *shape), int(k))
+                    planes_of(seed + 16 * int(k), (int((each == k).sum()), *shape), int(k))
                     for k in np.unique(each)
                 ]
                 made: Any = bitplane.mixed(stacks, each)
@@ -348,8 +349,11 @@ def _normal(seed: int, shape: tuple[int, ...], dtype: Any, scale: float) -> jax.
         some = jax.random.normal(key, (math.prod(shape) // parts,), dtype)
         return some * jnp.asarray(scale, dtype)
 
-    each = jax.jit(partial(jax.lax.map, draw))(jax.random.split(jax.random.key(seed), parts))
-    return each.reshape(shape)
+    @jax.jit
+    def every(keys):
+        return jax.lax.map(draw, keys).reshape(shape)
+
+    return every(jax.random.split(jax.random.key(seed), parts))
 
 
 def decoding(
@@ -444,7 +448,9 @@ def cells(facts: Mapping[str, Any], part: str, row: Mapping[str, Any]) -> list[s
 def titles() -> dict[str, str]:
     """What each part of `bench` measures."""
     d_in, d_out = SHAPE
-    parameters = sum(a.size for a in jax.tree.leaves(jax.eval_shape(lambda: dense_moe()[1])))
+    decoder = describe(MOE)[1]
+    every = [weights.rest(decoder), *(weights.roles(i, decoder.width) for i in decoder.layers)]
+    parameters = sum(math.prod(role.shape) for roles in every for role in roles)
     return {
         "products": f"{d_in} x {d_out} products",
         "experts": "2 of 8 experts of 2048 x 7168, one token",

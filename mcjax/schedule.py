@@ -20,8 +20,10 @@ from mcjax.models.decoder import Decoder
 from mcjax.notes import Note
 
 STEPS = {1: 16, 2: 64, 3: 40, 4: 28}
-"""Steps that train each width alone, in a model of `WEIGHTS` weights in planes or more; widths that
-are not named have the least of these."""
+"""Steps that train each width alone, in a model of `WEIGHTS` weights in planes or more."""
+
+WIDE_STEPS = 24
+"""Those of widths that are not named there."""
 
 MIXED_STEPS = 112
 """Steps that train budgets and all widths by turns."""
@@ -33,7 +35,7 @@ BUDGETS = (1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.5)
 """Those of them that lie between the least and the greatest width."""
 
 WEIGHTS = 1e8
-"""A smaller model takes as many times more steps, in about the same time."""
+"""A smaller model takes as many times more steps and text, in about the same time."""
 
 MOST_TIMES = 8
 """At most so many times more."""
@@ -82,7 +84,7 @@ def settings(
     times, found = times_of(decoder), []
     for k in sorted(widths, reverse=True):
         both = (usual, k) if k in others and k != usual else (usual,)
-        found.append(Setting(k, both, round(times * STEPS.get(k, min(STEPS.values())))))
+        found.append(Setting(k, both, round(times * STEPS.get(k, WIDE_STEPS))))
     between = tuple(b for b in BUDGETS if min(widths) < b < max(widths))
     if between:
         found.append(Setting(None, (usual,), round(times * MIXED_STEPS), between))
@@ -90,7 +92,7 @@ def settings(
 
 
 def times_of(decoder: Decoder) -> float:
-    """How many times what a model of `WEIGHTS` weights or more learns from a smaller one does."""
+    """How many times the steps and text of a model of `WEIGHTS` weights or more this one takes."""
     count = sum(
         math.prod(role.shape)
         for layer in decoder.layers

@@ -67,7 +67,7 @@ class Sharding:
 
     def place(self, array: Any, spec: P) -> jax.Array:
         """An array of this host on its devices, each process putting only what its own hold."""
-        where = layout.rows(array, NamedSharding(self.mesh, spec))
+        where = layout.row_by_row(array, NamedSharding(self.mesh, spec))
         return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
 
     def batch_spec(self, count: int) -> tuple[str, ...] | None:

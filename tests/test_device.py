@@ -90,3 +90,11 @@ def test_a_kernel_that_differs_is_replaced(on, monkeypatch):
         pallas, "grouped_dot", lambda *a, target: pallas.reference(*a, np.ones(4, bool))
     )
     assert device.works("tpu", "TPU v10")
+
+
+def test_large_slices_of_v5e_have_no_ragged_exchange(on, monkeypatch):
+    on(TPU)
+    monkeypatch.setattr(device, "is_here", lambda _: False)
+    assert device.exchanges_raggedly(16) and not device.exchanges_raggedly(32)
+    on(H100)
+    assert device.exchanges_raggedly(1024)

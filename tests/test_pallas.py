@@ -127,9 +127,7 @@ def test_drafting_reads_the_first_planes_of_whole_stacks(target):
         return grouped_dot(x, drafting, index, target=target, interpret=True)
 
     assert_close(run(x), dense_dot(x, nested.slice(1), index))
-    text = str(jax.make_jaxpr(run)(x))
-    assert "u32[2,3,1,2,40]" in text  # all planes
-    assert "u32[2,1,1,2,40]" not in text  # a slice of them, which would be a copy
+    assert "u32[2,1,1,2,40]" not in str(jax.make_jaxpr(run)(x))  # a slice, which would be a copy
 
 
 @pytest.mark.parametrize("rows", [3, 40])

@@ -170,6 +170,35 @@ def test_what_no_axis_divides_is_whole(tmp_path):
     )
 
 
+def test_kernels_lower_on_a_mesh():
+    """Those of GPUs and TPUs, which a mesh of a CPU's devices never meets."""
+    run(
+        """
+        from functools import partial
+        from test_pallas import random_planes, rows_of
+        from mcjax.ops import dp4a, pallas, route, unpack
+        planes, devices = random_planes(4, 64, 40, 2, 32), mesh_of(2, 2, 1)
+        x, index = rows_of(planes, 40)
+        one = lambda x, w, index: x @ unpack.unpack(jax.tree.map(lambda a: a[0], w), jnp.float32)
+        functions = {
+            "planes_dp4a": lambda x, w, index: dp4a.expert_dots(x, (w,), index)[0],
+            "planes_matrix_dot": partial(pallas.grouped_dot, target="gpu"),
+            "planes_grouped_dot": partial(pallas.grouped_dot, target="tpu"),
+            "planes_unpack": one,
+            "route": lambda x, w, index: route.kernel(x[:, :8], 2)[0],
+        }
+        rows = P(("data", "expert"))
+        for name, function in functions.items():
+            shared = jax.jit(jax.shard_map(
+                function, mesh=devices, in_specs=(rows, P(), rows), out_specs=rows
+            ))
+            platform = "tpu" if name == "planes_grouped_dot" else "cuda"
+            traced = shared.trace(x, planes, index)
+            assert name in traced.lower(lowering_platforms=(platform,)).as_text(), name
+        """
+    )
+
+
 @pytest.mark.parametrize("ragged", [False, True])
 def test_rows_find_their_experts(ragged):
     """However unevenly they are routed, with gradients; rows that are not kept are not sent.

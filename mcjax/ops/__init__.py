@@ -10,7 +10,7 @@ fragments weights that are arrays only while a layer is at work
 grouped   rows sorted by expert, so that each is computed once
 popcount  int8 activations against planes, by counting bits
 tiled     dequantised a tile at a time
-layout    where numbers of planes lie in a TPU's memory
+layout    how planes are laid out in a TPU's memory
 linear    linear maps with transposes of their own, under every transformation
 narrow    bfloat16 embeddings and heads, widened a tile at a time
 route     each token's most probable experts

@@ -18,16 +18,18 @@ SEEN = ("cuda 9.0",)
 """Kinds of device that the kernels were seen to give right results on."""
 
 
+MOST_RAGGED = {"TPU v5 lite": 16}
+"""Chips of a slice up to which its compiler has a ragged exchange, for kinds that not always do."""
+
+
 def first() -> Any:
     """The device that arrays live on unless told otherwise, see `jax.default_device`.
 
-    To compile for a device that is not here, make one of a topology the default while tracing, see
-    `jax.experimental.topologies`.
+    Products are chosen for it, wherever a program's arguments lie. To compile for a device that is
+    not here, make one of a topology the default while tracing, see `jax.experimental.topologies`.
     """
     told = jax.config.jax_default_device
-    if told is None:
-        return jax.devices()[0]
-    return jax.devices(told)[0] if isinstance(told, str) else told
+    return jax.local_devices(backend=told)[0] if told is None or isinstance(told, str) else told
 
 
 def is_here(device: Any) -> bool:
@@ -57,6 +59,15 @@ def platform() -> str:
     if tuple(map(int, parts)) < TRITON:
         return "plain"
     return "gpu" if not is_here(device) or works("gpu", f"cuda {capability}") else "plain"
+
+
+def exchanges_raggedly(devices: int) -> bool:
+    """Whether so many devices of a mesh can send each other rows in numbers that differ."""
+    chip = first()
+    if chip.device_kind not in MOST_RAGGED:
+        return True
+    here = len(jax.devices(chip.platform)) if is_here(chip) else 0
+    return max(devices, here) <= MOST_RAGGED[chip.device_kind]
 
 
 @cache

@@ -218,7 +218,13 @@ def expert_product(
     platform, planes = device.platform(), held(planes)
     if product or platform == "cpu" or not isinstance(planes, BitPlanes | MixedPlanes):
         return product
-    return choice.product(platform, -(-rows // planes.shape[0]), planes.bits, act_bits)
+    how = choice.product(platform, -(-rows // planes.shape[0]), planes.bits, act_bits)
+    if how == "popcount" and platform == "gpu":
+        from mcjax.ops.pallas import is_addressed, reads_of  # slow to import
+
+        every = all(is_addressed(read.table.shape) for read in reads_of(planes))
+        return how if every else "tiled"
+    return how
 
 
 def _one_dot(act_bits, product, weights, rows):

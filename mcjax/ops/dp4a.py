@@ -35,6 +35,7 @@ from mcjax.ops.pallas import (
     decode,
     dequantized_dot,
     in_segments,
+    launch,
     places_of,
     plan_blocks,
     reads_of,
@@ -188,7 +189,7 @@ def _round(config, parts, planes) -> Rounded:
     words, groups, _ = reads_of(planes)[0].planes.shape[-3:]
     groups = pl.cdiv(groups, _TILE) * _TILE
     rows, limbs = parts.shape[2], config.limbs
-    packed, scale = pl.pallas_call(
+    packed, scale = launch(
         partial(_round_kernel, words, limbs),
         grid=(rows, groups),
         out_shape=(
@@ -253,7 +254,7 @@ def _multiply(config, rows: Rounded, weights: Weights, plan: Plan) -> jax.Array:
     splits = max(1, min(tiles, _PROGRAMS // (blocks * columns * len(weights))))
     widths = [read.width for read in reads[0]]
     held = [(read.planes, addressed(read.table)) for every in reads for read in every]
-    return pl.pallas_call(
+    return launch(
         partial(_kernel, config.interpret, len(weights), widths),
         grid=(blocks, columns * len(weights), splits),
         out_shape=jax.ShapeDtypeStruct(

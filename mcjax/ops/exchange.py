@@ -9,8 +9,8 @@ each other one at most
 
 of its rows, so memory is bounded whatever the router does, and no row is ever dropped: a round
 whose rows have all been sent already is skipped by all devices together. Rows that are not kept
-are not sent. Where the platform has a ragged exchange (GPU and TPU) only rows travel; elsewhere a
-round's whole room does.
+are not sent. Where the platform has a ragged exchange (GPU, and TPU but for large slices of v5e)
+only rows travel; elsewhere a round's whole room does.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from mcjax.ops import device
 from mcjax.ops.columns import within
 from mcjax.ops.linear import axes_of
 
@@ -150,6 +151,8 @@ def _sent(axis: str, values: jax.Array, going: jax.Array, coming: jax.Array) -> 
         return made.reshape(values.shape)
 
     def exchanged(sizes, values):
+        if not device.exchanges_raggedly(jax.sharding.get_abstract_mesh().size):
+            return whole(values)
         return jax.lax.platform_dependent(values, *sizes, cpu=whole, default=ragged)
 
     def returned(sizes, values):  # what exchanges rows also takes their gradients back

@@ -1,10 +1,10 @@
-"""Where numbers of planes and tables lie in a TPU's memory.
+"""How planes and tables are laid out in a TPU's memory.
 
 A TPU keeps an array in tiles of its last two axes, and XLA by itself puts those axes last that fill
 tiles best. The kernels read planes [..., groups, d_out] and tables row by row, so that where groups
 are few, such as 6 of 768 features, a program would copy all planes for every token: 4.4 GB for a
-Qwen3-30B-A3B of 2.5 bits, as its compiler says. So arrays of planes are put there row by row, with
-a part of a tile unused where that does not fill it.
+Qwen3-30B-A3B of 2.5 bits, as its compiler says. So planes that are loaded or refined are put there
+row by row, with a part of a tile unused where that does not fill it.
 """
 
 from __future__ import annotations
@@ -14,32 +14,39 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental.layout import Format, Layout
-from jax.sharding import Sharding, SingleDeviceSharding
-
-from mcjax.ops import device
+from jax.sharding import Sharding
 
 _KINDS = (np.uint32, np.uint8)
-"""Types of planes and tables."""
+"""Types of planes and tables, and of no other parameters."""
 
 
-def rows(leaf: Any, where: Sharding) -> Sharding | Format:
-    """Where an array is to be put: row by row if it is of planes or tables and goes to a TPU."""
-    platform = next(iter(where.device_set)).platform
-    if platform != "tpu" or leaf.dtype not in _KINDS:
+def row_by_row(leaf: Any, where: Sharding) -> Sharding | Format:
+    """Where a parameter is to lie: as `where` says, and planes and tables on a TPU row by row."""
+    if _platform(where) != "tpu" or leaf.dtype not in _KINDS:
         return where
     return Format(Layout(tuple(range(leaf.ndim))), where)
 
 
 def put(tree: Any) -> Any:
-    """A tree of arrays on its devices, or those of this host on the default one."""
+    """Parameters on devices: arrays of this host on the default one, others where they are.
+
+    A device's array that has to be laid out anew is given up for the new one.
+    """
 
     def one(leaf):
         if not isinstance(leaf, jax.Array):
-            target = device.first()
-            if target.platform != "tpu":
-                return jax.device_put(leaf)
-            return jax.device_put(leaf, rows(leaf, SingleDeviceSharding(target)))
-        wanted = rows(leaf, leaf.sharding)
-        return jax.device_put(leaf, wanted) if isinstance(wanted, Format) else leaf
+            leaf = jax.device_put(leaf)
+        wanted = row_by_row(leaf, leaf.sharding)
+        if not isinstance(wanted, Format) or _order(leaf.format) == _order(wanted):
+            return leaf
+        return jax.device_put(leaf, wanted, donate=True)
 
     return jax.tree.map(one, tree)
+
+
+def _platform(where: Sharding) -> str:
+    return next(iter(where.device_set)).platform
+
+
+def _order(form: Format) -> Any:
+    return getattr(form.layout, "major_to_minor", None)

@@ -88,6 +88,13 @@ def axes_of(a: Any) -> frozenset:
     return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
 
 
+def varying_as(shape: jax.ShapeDtypeStruct, like: jax.Array) -> jax.ShapeDtypeStruct:
+    """The shape of an array that varies over the axes of a `jax.shard_map` that `like` does."""
+    kind = jax.typeof(like)
+    field = "vma" if hasattr(kind, "vma") else "manual_axis_type"
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, **{field: getattr(kind, field)})
+
+
 def _bind(forward, backward, constants, operands):
     program = jax.make_jaxpr(forward)(*constants, *operands)
     return _linear.bind(

@@ -16,6 +16,7 @@ has rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -30,12 +31,15 @@ from jax.experimental.pallas import tpu as pltpu
 from mcjax import tables as tables_lib
 from mcjax.bitplane import WORD, BitPlanes, MixedPlanes
 from mcjax.ops.grouped import expert_map, group_rows
+from mcjax.ops.linear import alike, varying_as
 
 TARGETS = ("gpu", "tpu")
 
 _LEAST = 16  # rows, groups or outputs that a product on a GPU's matrix unit takes at least
 _MOST_ROWS = {"gpu": 256, "tpu": 128}
 _LANES = 128
+REACH = 1 << 31
+"""Entries that a signed 32-bit offset tells apart."""
 
 
 def supported(shape: Sequence[int], group_size: int, width: int, dtype: Any) -> bool:
@@ -52,17 +56,22 @@ def supported(shape: Sequence[int], group_size: int, width: int, dtype: Any) -> 
     if len(shape) != 3 or min(shape) < 1 or group_size < WORD or group_size % WORD:
         return False
     experts, d_in, d_out = shape
-    table = experts * tables_lib.num_rows(width) * pl.cdiv(d_in, group_size) * d_out
-    fits = is_within_reach(table) or d_out % 4 == 0
-    return 1 <= width <= 8 and fits and jnp.dtype(dtype) in (jnp.float32, jnp.bfloat16)
+    table = experts, tables_lib.num_rows(width), pl.cdiv(d_in, group_size), d_out
+    fits = 1 <= width <= 8 and is_addressed(table)
+    return fits and jnp.dtype(dtype) in (jnp.float32, jnp.bfloat16)
 
 
-REACH = 1 << 31
-"""Entries that a signed 32-bit offset tells apart."""
+def is_addressed(table: Sequence[int]) -> bool:
+    """Whether a GPU's kernels find every byte of a table of this shape, see `addressed`."""
+    return is_within_reach(math.prod(table)) or table[-1] % 4 == 0
 
 
 def is_within_reach(entries: int) -> bool:
-    """Whether Triton finds every byte of so many: beyond 4 GiB its offsets have 64 bits."""
+    """Whether Triton finds every byte of so many.
+
+    The offsets that JAX makes for it have 32 bits and a sign, and 64 bits for arrays of more than
+    4 GiB.
+    """
     return entries <= REACH or entries > 2 * REACH
 
 
@@ -154,9 +163,11 @@ def grouped_dot(
             raise ValueError(f"{name} must be a power of two, got {size}")
     target = "gpu" if interpret and target is None else target
     width = max(read.width for read in reads_of(planes))
-    most = max(len(read.planes) for read in reads_of(planes))
-    held = (most, *planes.shape[1:])
-    fits = x.shape[0] > 0 and supported(held, planes.group_size, width, x.dtype)
+    shapes = [(len(read.planes), *planes.shape[1:]) for read in reads_of(planes)]
+    fits = x.shape[0] > 0 and all(
+        supported(shape, planes.group_size, read.width, x.dtype)
+        for shape, read in zip(shapes, reads_of(planes), strict=True)
+    )
     if not fits and target is not None:
         raise ValueError(
             f"no kernel for {x.dtype} rows {x.shape} times planes of shape {planes.shape}, groups "
@@ -165,6 +176,20 @@ def grouped_dot(
     if not fits:
         return reference(x, planes, index, keep)
     return _grouped_dot(_Config(block_rows, block_out, target, interpret), x, planes, index, keep)
+
+
+def launch(kernel: Callable, out_shape: Any, **options: Any) -> Callable[..., Any]:
+    """`pl.pallas_call`, inside a `jax.shard_map` too.
+
+    What comes back varies over all of its axes that anything given varies over.
+    """
+
+    def call(*operands):
+        operands = alike(operands)
+        shapes = jax.tree.map(lambda shape: varying_as(shape, operands[0]), out_shape)
+        return pl.pallas_call(kernel, out_shape=shapes, **options)(*operands)
+
+    return call
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -381,7 +406,7 @@ def _tpu_call(span, slots, x, read: Read, out, block_rows, block_out, interpret)
         "table": lambda o, i, u, span, slots: (slots[span[0] + i], 0, lax.div(u, words), o),
         "out": lambda o, i, u, span, slots: (0, span[0] + i, o),
     }
-    return pl.pallas_call(
+    return launch(
         partial(_tpu_kernel, width),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,

@@ -40,6 +40,8 @@ def kernel(logits: jax.Array, k: int, interpret: bool = False) -> tuple[jax.Arra
     from jax.experimental import pallas as pl  # slow to import
     from jax.experimental.pallas import triton as pltriton
 
+    from mcjax.ops.pallas import launch
+
     tokens, experts = logits.shape
     lanes = pl.next_power_of_2(experts)
 
@@ -59,7 +61,7 @@ def kernel(logits: jax.Array, k: int, interpret: bool = False) -> tuple[jax.Arra
             weights[token, i] = share[i] / total
             index[token, i] = chosen[i]
 
-    return pl.pallas_call(
+    return launch(
         one_token,
         grid=(tokens,),
         out_shape=(

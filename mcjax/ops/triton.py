@@ -24,7 +24,7 @@ from jax.experimental.pallas import triton as pltriton
 
 from mcjax import tables as tables_lib
 from mcjax.bitplane import WORD, BitPlanes, MixedPlanes
-from mcjax.ops.pallas import Plan, addressed, decode, reads_of, slab, table_entry
+from mcjax.ops.pallas import Plan, addressed, decode, launch, reads_of, slab, table_entry
 
 _WARPS = 8
 _REGISTERS = 208  # of 255, the others being addresses and what is being computed
@@ -62,7 +62,7 @@ def matrix_dot(
     held = []
     for read in reads:
         held += [read.planes.reshape(*read.planes.shape[:2], -1, d_out), addressed(read.table)]
-    return pl.pallas_call(
+    return launch(
         partial(_kernel, block_rows, block_out, [read.width for read in reads]),
         grid=(*grid, splits),
         out_shape=jax.ShapeDtypeStruct(

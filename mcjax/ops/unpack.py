@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from mcjax.bitplane import WORD, BitPlanes
-from mcjax.ops.pallas import decode, slab
+from mcjax.ops.pallas import decode, launch, slab
 
 _TILE = 8  # groups
 _BLOCK_OUT = 128
@@ -29,7 +29,7 @@ def unpack(planes: BitPlanes, dtype: Any, interpret: bool = False) -> jax.Array:
       [words * 32 * groups, d_out] of `dtype`.
     """
     _, words, groups, d_out = planes.planes.shape
-    out = pl.pallas_call(
+    out = launch(
         _kernel,
         grid=(pl.cdiv(d_out, _BLOCK_OUT), pl.cdiv(groups, _TILE), words),
         out_shape=jax.ShapeDtypeStruct((words, WORD, groups, d_out), dtype),
