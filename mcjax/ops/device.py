@@ -28,7 +28,7 @@ def first() -> Any:
     Products are chosen for it, wherever a program's arguments lie. To compile for a device that is
     not here, make one of a topology the default while tracing, see `jax.experimental.topologies`.
     """
-    told = jax.config.jax_default_device
+    told: Any = getattr(jax.config, "jax_default_device", None)
     return jax.local_devices(backend=told)[0] if told is None or isinstance(told, str) else told
 
 

@@ -45,7 +45,8 @@ def put(tree: Any) -> Any:
 
 
 def _platform(where: Sharding) -> str:
-    return next(iter(where.device_set)).platform
+    device: Any = next(iter(where.device_set))
+    return device.platform
 
 
 def _order(form: Format) -> Any:

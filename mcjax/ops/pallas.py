@@ -243,10 +243,9 @@ class Read(NamedTuple):
 
 def reads_of(planes: BitPlanes | MixedPlanes) -> tuple[Read, ...]:
     """What is read of each stack."""
+    pairs = [(planes, planes.bits)] if isinstance(planes, BitPlanes) else []
     if isinstance(planes, MixedPlanes):
-        pairs = zip(planes.stacks, planes.reads, strict=True)
-    else:
-        pairs = ((planes, planes.bits),)
+        pairs = list(zip(planes.stacks, planes.reads, strict=True))
     return tuple(Read(s.planes, s.tables[s.widths.index(k)], k) for s, k in pairs)
 
 
