@@ -1,25 +1,22 @@
 r"""What a model takes on a mesh: bytes of each device, and what travels for each token.
 
     uv run python benchmarks/mesh.py --out benchmarks/results/mesh_cpu.json
+    uv run --with "jax[tpu]" python benchmarks/mesh.py --out FILE.json --ahead
 
 First a small Mixture of Experts on 1, 2, 4 and 8 virtual devices of the CPU: what the arrays of
 each device take, what its compiled program sends, and beside both what is predicted; and what a
 device holds of one that `train/moe_lm.py` trains. Then the same predictions, by the same functions,
 of models that no test machine holds. Predicted bytes are those of the program's own shapes and
-shardings; the collectives of a layer follow the formulas of `travels`.
+shardings; the collectives of a layer follow the formulas of `travels`. With `--ahead` a TPU's
+compiler makes the programs that serve such models on slices, and says what they take.
 """
 
 from __future__ import annotations
 
-import os
-
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " " + ("--xla_force_host_platform_device_count=8")
-)
-
 import argparse
 import json
 import math
+import os
 import re
 import sys
 import tempfile
@@ -166,6 +163,8 @@ def main() -> None:
         "--ahead", action="store_true", help="only compile for slices of TPUs, with their libtpu"
     )
     arguments = parser.parse_args()
+    flags = os.environ.get("XLA_FLAGS", "")  # JAX reads it when it is first asked for a device
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8"
     if arguments.ahead:
         rows = []
         for name, given in AHEAD:
