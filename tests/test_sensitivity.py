@@ -94,7 +94,7 @@ def test_a_small_models_costs_are_measured_on_more_text(folder):
     assert some.windows.shape == (8 * sensitivity.WINDOWS, sensitivity.TOKENS)
     assert some.windows[0, 0] == 0 and some.windows[-1, 0] == 399 * 300
     np.testing.assert_array_equal(some.target[..., 0], some.windows)
-    large = dataclasses.replace(folder.decoder, layers=folder.decoder.layers * 10_000)
+    large = dataclasses.replace(folder.decoder, segments=folder.decoder.segments * 2_000)
     assert sensitivity.shape_of(large, many) == (sensitivity.WINDOWS, sensitivity.TOKENS)
 
 
